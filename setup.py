@@ -1,0 +1,52 @@
+"""Package, dependency ranges and extras. The exact tested set is in constraints.txt; tool settings are in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "torch>=2.12,<3",
+    "torchvision>=0.27,<1",
+    "transformers>=5.23,<6",
+    "diffusers>=0.42,<0.44",
+    "accelerate>=1.15,<2",
+    "peft>=0.21,<1",
+    "datasets>=5.2,<6",
+    "deepspeed>=0.19.8,<1",
+    "open_clip_torch>=3.3,<4",
+    "wandb>=0.31,<1",
+    "huggingface_hub>=2,<3",
+    "tokenizers>=0.22,<1",
+    "safetensors>=0.8,<1",
+    "numpy>=2,<3",
+    "pillow>=12,<14",
+    "pyarrow>=21",
+    "pyyaml>=6,<7",
+    "pydantic>=2.10,<3",
+    "typer>=0.20,<1",
+    "rich>=14",
+    "jinja2>=3.1,<4",
+]
+TEST = [
+    "pytest>=9,<10",
+    "pytest-xdist>=3.8,<4",
+    "pytest-timeout>=2.4,<3",
+    "hypothesis>=6.150,<7",
+    "scipy>=1.15,<2",
+    "ruff>=0.15,<1",
+    "mypy>=1.18",
+    "import-linter>=2.5,<3",
+    "types-PyYAML>=6",
+]
+
+setup(
+    name="llmga",
+    version="0.1.0",
+    description="A multimodal LLM that writes generation prompts, the diffusion models that follow them, and restoration.",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["llmga", "llmga.*"]),
+    package_data={"llmga": ["**/*.yaml", "**/*.j2", "**/*.html", "toyworld/checkpoints/**/*"]},
+    install_requires=CORE,
+    extras_require={"test": TEST},
+    entry_points={"console_scripts": ["llmga = llmga.__main__:main"]},
+)
