@@ -1,0 +1,315 @@
+"""Hazards: a silently random head, torchvision pixels, odd ZeRO-3 names, and folders only we can load."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from llmga.stage1.model import (
+    VISION_SHARD,
+    Mllm,
+    ModelError,
+    add_generation_tags,
+    load_mllm,
+    save_mllm,
+    set_trainable,
+    standard_names,
+)
+from llmga.tokens import GEN_IMAGE, GEN_IMG
+
+SPECIAL = ["<pad>", "<bos>", "<end>", "<image>"]
+LAYER = [
+    *(f"self_attn.{part}_proj.weight" for part in "qkvo"),
+    *(f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")),
+    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
+]
+VISION_LAYER = [
+    f"{part}.{kind}"
+    for part in (
+        *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
+        *("mlp.fc1", "mlp.fc2", "layer_norm1", "layer_norm2"),
+    )
+    for kind in ("weight", "bias")
+]
+# What transformers 5.23 itself writes for this architecture; other tools read these names.
+STANDARD_KEYS = {
+    "language_model.lm_head.weight",
+    "language_model.model.embed_tokens.weight",
+    "language_model.model.norm.weight",
+    *(f"language_model.model.layers.0.{name}" for name in LAYER),
+    *(f"multi_modal_projector.linear_{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")),
+    *("vision_tower.embeddings.class_embedding", "vision_tower.embeddings.patch_embedding.weight"),
+    "vision_tower.embeddings.position_embedding.weight",
+    *(f"vision_tower.{norm}.{kind}" for norm in ("pre_layrnorm", "post_layernorm") for kind in ("weight", "bias")),
+    *(f"vision_tower.encoder.layers.{layer}.{name}" for layer in (0, 1) for name in VISION_LAYER),
+}
+
+
+def tiny_mllm(tied: bool = False, spare_rows: int = 0) -> Mllm:
+    """A real LLaVA of 8 to 16 channels with a byte tokenizer; 4 picture tokens."""
+    alphabet = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE(vocab={piece: index for index, piece in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<end>",
+        additional_special_tokens=["<image>"],
+        chat_template="{% for turn in messages %}{{ turn.content }}<end>{% endfor %}",
+    )
+    text_config = LlamaConfig(
+        vocab_size=len(tokenizer) + spare_rows,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    vision_config = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16
+    )
+    config = LlavaConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_index=3,
+        image_seq_length=4,
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(0)
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor = LlavaProcessor(
+        pictures, tokenizer, patch_size=16, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+    return Mllm(LlavaForConditionalGeneration(config), processor, GEN_IMG)
+
+
+def keys_on_disk(folder: Path) -> set[str]:
+    keys: set[str] = set()
+    for shard in folder.glob("*.safetensors"):
+        with safe_open(shard, framework="pt") as file:
+            keys |= set(file.keys())
+    return keys
+
+
+def same_weights(left: torch.nn.Module, right: torch.nn.Module) -> bool:
+    ours, theirs = left.state_dict(), right.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return save_mllm(tiny_mllm(), None, tmp_path / "model", {"commit": "abc"})
+
+
+def test_saved_folder_has_standard_keys_and_loads_in_plain_transformers(saved: Path) -> None:
+    assert keys_on_disk(saved) == STANDARD_KEYS
+    assert {file.name for file in saved.iterdir()} == {
+        *("chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "processor_config.json"),
+        *("provenance.json", "tokenizer.json", "tokenizer_config.json"),
+    }
+    assert json.loads((saved / "provenance.json").read_text()) == {"commit": "abc"}
+    plain, info = LlavaForConditionalGeneration.from_pretrained(saved, output_loading_info=True)
+    assert not any(info.values())
+    assert same_weights(plain, tiny_mllm().model)
+    assert AutoProcessor.from_pretrained(saved).chat_template == tiny_mllm().tokenizer.chat_template
+
+
+def test_tied_head_is_saved_once_whether_or_not_the_state_dict_has_it(tmp_path: Path) -> None:
+    mllm = tiny_mllm(tied=True)
+    state_dict = mllm.model.state_dict()
+    with_head = save_mllm(mllm, state_dict, tmp_path / "a", {})
+    del state_dict["lm_head.weight"]
+    without_head = save_mllm(mllm, state_dict, tmp_path / "b", {})
+    assert keys_on_disk(with_head) == keys_on_disk(without_head) == STANDARD_KEYS - {"language_model.lm_head.weight"}
+    reloaded = load_mllm(without_head).model
+    assert reloaded.lm_head.weight is reloaded.model.language_model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("standard", "odd"),
+    [
+        ("model.language_model.", "language_model.model.model."),  # as 5.23 names them after ZeRO-3
+        ("model.vision_tower.", "vision_tower.vision_model."),
+        ("lm_head.", "language_model.lm_head."),
+        ("model.", "module.model."),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+    ],
+)
+def test_odd_names_are_normalised(tmp_path: Path, standard: str, odd: str) -> None:
+    mllm = tiny_mllm()
+    state_dict = mllm.model.state_dict()
+    renamed = {
+        odd + name.removeprefix(standard) if name.startswith(standard) else name: state_dict[name]
+        for name in state_dict
+    }
+    assert renamed.keys() != state_dict.keys()
+    assert standard_names(renamed).keys() == state_dict.keys()
+    folder = save_mllm(mllm, renamed, tmp_path / "model", {})
+    assert keys_on_disk(folder) == STANDARD_KEYS
+    assert same_weights(load_mllm(folder).model, mllm.model)
+
+
+def test_incomplete_weights_are_refused_and_the_old_folder_kept(saved: Path) -> None:
+    mllm = tiny_mllm()
+    state_dict = mllm.model.state_dict()
+    del state_dict["lm_head.weight"]
+    with pytest.raises(ModelError, match=r"1 weights do not fit the config, first lm_head.weight is missing"):
+        save_mllm(mllm, state_dict, saved, {"commit": "new"})
+    state_dict["lm_head.weight"] = torch.zeros(3, 3)
+    with pytest.raises(ModelError, match=r"lm_head.weight has shape \(3, 3\), expected \(260, 16\)"):
+        save_mllm(mllm, state_dict, saved, {"commit": "new"})
+    assert json.loads((saved / "provenance.json").read_text()) == {"commit": "abc"}
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    mllm = tiny_mllm()
+    mllm.model.lm_head.weight.data[0, 0] = float("nan")
+    with pytest.raises(ModelError, match=r"lm_head.weight read back differs"):
+        save_mllm(mllm, None, tmp_path / "model", {})
+    assert not (tmp_path / "model").exists()
+
+
+def test_lower_precision_on_disk(tmp_path: Path) -> None:
+    mllm = tiny_mllm()
+    folder = save_mllm(mllm, None, tmp_path / "half", {}, dtype=torch.float16)
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.float16}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "float16"
+    assert mllm.model.dtype == torch.float32
+    torch.testing.assert_close(load_mllm(folder).model.lm_head.weight, mllm.model.lm_head.weight.half().float())
+
+
+def test_vision_tower_in_its_own_file_can_be_shared_by_a_symlink(tmp_path: Path) -> None:
+    base = save_mllm(tiny_mllm(), None, tmp_path / "base", {}, split_vision=True)
+    tuned = tiny_mllm()
+    torch.nn.init.normal_(tuned.model.lm_head.weight)
+    folder = save_mllm(tuned, None, tmp_path / "tuned", {}, split_vision=True)
+    assert keys_on_disk(folder) == STANDARD_KEYS
+    vision = load_file(folder / VISION_SHARD)
+    assert vision.keys() == {key for key in STANDARD_KEYS if key.startswith("vision_tower.")}
+    assert (folder / VISION_SHARD).read_bytes() == (base / VISION_SHARD).read_bytes()
+    assert same_weights(load_mllm(folder).model, tuned.model)
+    (folder / VISION_SHARD).unlink()
+    (folder / VISION_SHARD).symlink_to(Path("..") / "base" / VISION_SHARD)
+    assert same_weights(load_mllm(folder).model, tuned.model)
+
+
+def test_loading_refuses_weights_that_would_stay_random(saved: Path) -> None:
+    weights = load_file(saved / "model.safetensors")
+    weights["somebody.elses.weight"] = weights.pop("language_model.lm_head.weight")
+    save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 missing_keys, first lm_head.weight; 1 unexpected_keys, first somebody"):
+        load_mllm(saved)
+
+
+def test_loading_refuses_a_folder_that_is_not_llava(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config.json there"):
+        load_mllm(tmp_path / "nowhere")
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"model_type": "llava_llama"}))
+    with pytest.raises(ModelError, match="model_type is 'llava_llama', expected 'llava'"):
+        load_mllm(saved)
+
+
+def test_loading_refuses_a_placeholder_that_is_no_token(saved: Path) -> None:
+    tokenizer = json.loads((saved / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] != "<image>"]
+    (saved / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = json.loads((saved / "tokenizer_config.json").read_text())
+    settings.pop("extra_special_tokens")
+    (saved / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=r"reads <image> as ids \[.+, .+\], expected the one id 3"):
+        load_mllm(saved)
+
+
+def test_pictures_are_prepared_by_pillow_after_reloading_twice(saved: Path, tmp_path: Path) -> None:
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (50, 70, 3), generator=rng, dtype=torch.uint8).numpy()
+    expected = tiny_mllm().processor.image_processor(Image.fromarray(pixels), return_tensors="pt").pixel_values
+    again = load_mllm(save_mllm(load_mllm(saved), None, tmp_path / "again", {}))
+    prepared = again.processor.image_processor(Image.fromarray(pixels), return_tensors="pt").pixel_values
+    assert torch.equal(prepared, expected)
+    assert json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())["backend"] == "tokenizers"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("spare_rows", [0, 1, 5])
+def test_tags_become_tokens_with_mean_rows(tmp_path: Path, tied: bool, spare_rows: int) -> None:
+    mllm = tiny_mllm(tied=tied, spare_rows=spare_rows)
+    known = mllm.model.get_output_embeddings().weight[:260].detach().clone()
+    assert not mllm.tags_are_tokens
+    assert add_generation_tags(mllm, GEN_IMG) == 2
+    assert add_generation_tags(mllm, GEN_IMG) == 0
+    assert mllm.tags_are_tokens
+    rows = 260 + max(2, spare_rows)
+    assert mllm.model.config.text_config.vocab_size == rows
+    for layer in (mllm.model.get_input_embeddings(), mllm.model.get_output_embeddings()):
+        assert layer.weight.shape == (rows, 16)
+        torch.testing.assert_close(layer.weight[260:262], layer.weight[:260].mean(0).expand(2, 16))
+    torch.testing.assert_close(mllm.model.get_output_embeddings().weight[:260], known, rtol=0, atol=0)
+    reloaded = load_mllm(save_mllm(mllm, None, tmp_path / "model", {}))
+    ids = reloaded.tokenizer.encode("a <gen_img> b </gen_img>", add_special_tokens=False)
+    assert ids.count(260) == ids.count(261) == 1
+    assert reloaded.tokenizer.decode(ids, skip_special_tokens=True) == "a <gen_img> b </gen_img>"
+
+
+def test_a_saved_folder_remembers_its_spelling_of_the_tags(tmp_path: Path) -> None:
+    mllm = tiny_mllm()
+    mllm.write_tags(GEN_IMAGE)  # as plain text: nothing is added
+    folder = save_mllm(mllm, None, tmp_path / "model", {})
+    assert load_mllm(folder).tags == GEN_IMAGE
+    assert not load_mllm(folder).tags_are_tokens
+    assert len(load_mllm(folder).tokenizer) == 260
+    assert load_mllm(folder, tags=GEN_IMG).tags == GEN_IMG
+
+
+def test_set_trainable_freezes_the_vision_tower_and_keeps_it_in_eval_mode() -> None:
+    mllm = tiny_mllm()
+    model = mllm.model
+    vision = sum(parameter.numel() for parameter in model.model.vision_tower.parameters())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    projector = 8 * 16 + 16 + 16 * 16 + 16
+    assert set_trainable(model, "projector") == (projector, total - projector)
+    assert set_trainable(model, "projector+llm") == (total - vision, vision)
+    model.train()
+    ids = torch.tensor([[1, 3, 3, 3, 3, 9, 2]])
+    model(input_ids=ids, pixel_values=torch.zeros(1, 3, 32, 32), labels=ids).loss.backward()
+    assert model.training
+    assert not any(module.training for module in model.model.vision_tower.modules())
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained == {name for name, _ in model.named_parameters() if "vision_tower" not in name}
+
+
+def test_number_of_picture_tokens_is_what_the_model_makes_of_a_picture() -> None:
+    mllm = tiny_mllm()
+    features = mllm.model.get_image_features(pixel_values=torch.zeros(1, 3, 32, 32)).pooler_output
+    assert mllm.num_image_tokens == features[0].shape[0] == 4
+
+
+def test_loading_keeps_nothing_of_a_half_copied_folder(saved: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "partial"
+    shutil.copytree(saved, partial)
+    (partial / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        load_mllm(partial)
