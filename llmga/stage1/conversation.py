@@ -1,0 +1,213 @@
+"""Conversations become token ids and labels; the tokenizer's own chat template decides what is trained.
+
+A template marks what the assistant writes with `{% generation %}`; everything outside those spans is ignored by the
+loss. No code here knows a model family: another one brings another template.
+
+Control strings (special tokens, picture placeholders, generation tags) mean something only where our code wrote them.
+In text by people they are broken up with a space; so are special tokens and placeholders in an assistant's text,
+whose generation tags stay: `llmga.stage1.tasks` has already broken up those it did not write itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+from llmga.tokens import IGNORE_INDEX, TAG_LITERALS, neutralise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Our own template, for the toy models: every turn is marker, text, `<|end|>`. `<|end|>` is also the tokenizer's eos,
+# so the terminator that an answer is trained to end with is the token that stops generation.
+TOY_CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}"
+    "{% else %}"
+    "{{ message['content'] + '<|end|>' }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+TOY_TURN_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+
+
+class ConversationError(ValueError):
+    """A conversation that cannot be trained on, or a tokenizer that cannot say how."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn: what was said, and whether the picture is shown with it."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+    has_picture: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids and labels of one conversation, equally long; labels are IGNORE_INDEX where nothing is trained."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def encode_conversation(
+    tokenizer: "PreTrainedTokenizerBase",
+    turns: Sequence[Turn],
+    image_token: str,
+    num_image_tokens: int,
+    record_id: str = "",
+) -> Encoded:
+    """Encode a conversation for training: answers and their terminators carry labels, nothing else does.
+
+    Turns before the first question are dropped (a system turn in front stays), and so are questions without an answer.
+    The full length is returned: a picture must never be cut, so the caller drops what is too long.
+
+    Args:
+        tokenizer: has a chat template with `{% generation %}` spans, and `image_token` in its vocabulary.
+        turns: in order; user and assistant alternate.
+        image_token: placeholder, written with a newline in front of each turn that has a picture.
+        num_image_tokens: how many placeholder ids stand for one picture.
+        record_id: named in errors.
+    Raises:
+        ConversationError: roles do not alternate, no token is trained, or the template or placeholder is missing.
+    """
+    where = f"record {record_id!r}: " if record_id else ""
+    kept = _answered(_from_first_question(turns, where), where)
+    if not kept or kept[-1].role != "assistant":
+        raise ConversationError(f"{where}no question has an answer, so no token would be trained; remove the record")
+    if "generation" not in (tokenizer.chat_template or ""):
+        raise ConversationError(
+            "the tokenizer's chat template marks no answer with {% generation %} ... {% endgeneration %}, so what to "
+            "train is unknown; give it a template that does (llmga.stage1.conversation.TOY_CHAT_TEMPLATE shows how)"
+        )
+    rendered = tokenizer.apply_chat_template(
+        _messages(tokenizer, kept, image_token), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    input_ids, trained = rendered["input_ids"], rendered["assistant_masks"]
+    if not any(trained):
+        raise ConversationError(f"{where}the chat template marks no token as the assistant's, so nothing is trained")
+    labels = [token if flag else IGNORE_INDEX for token, flag in zip(input_ids, trained, strict=True)]
+    image_id = _image_id(tokenizer, image_token)
+    num_pictures = sum(turn.has_picture for turn in kept)
+    return Encoded(
+        _expand(input_ids, input_ids, image_id, num_image_tokens, num_pictures, where),
+        _expand(labels, input_ids, image_id, num_image_tokens, num_pictures, where),
+    )
+
+
+def encode_prompt(
+    tokenizer: "PreTrainedTokenizerBase",
+    turns: Sequence[Turn],
+    image_token: str,
+    num_image_tokens: int,
+) -> list[int]:
+    """Encode a conversation that waits for an answer: earlier turns, the last question, the template's answer header.
+
+    The ids are those that `encode_conversation` puts in front of the same answer.
+
+    Raises:
+        ConversationError: the last turn is not a question, or as for `encode_conversation`.
+    """
+    kept = _from_first_question(turns, "")
+    if not kept or kept[-1].role != "user":
+        raise ConversationError("the conversation does not end with a question, so there is nothing to answer")
+    kept = [*_answered(kept[:-1], ""), kept[-1]]
+    input_ids = tokenizer.apply_chat_template(
+        _messages(tokenizer, kept, image_token), tokenize=True, return_dict=True, add_generation_prompt=True
+    )["input_ids"]
+    num_pictures = sum(turn.has_picture for turn in kept)
+    image_id = _image_id(tokenizer, image_token)
+    return _expand(input_ids, input_ids, image_id, num_image_tokens, num_pictures, "")
+
+
+def _from_first_question(turns: Sequence[Turn], where: str) -> list[Turn]:
+    """The system turn if there is one, then everything from the first question on; user and assistant alternate."""
+    system = list(turns[:1]) if turns and turns[0].role == "system" else []
+    rest = list(turns[len(system) :])
+    while rest and rest[0].role != "user":
+        rest.pop(0)
+    for position, turn in enumerate(rest):
+        expected = "assistant" if position % 2 else "user"
+        if turn.role != expected:
+            raise ConversationError(
+                f"{where}turn {len(turns) - len(rest) + position + 1} is by {turn.role!r}, expected {expected!r}: "
+                "questions and answers must alternate; join or remove turns"
+            )
+        if turn.has_picture and turn.role != "user":
+            raise ConversationError(f"{where}an answer has a picture; only questions can show one")
+    return system + rest
+
+
+def _answered(turns: list[Turn], where: str) -> list[Turn]:
+    """Leave out questions whose answer is empty or missing; their picture moves to the next question."""
+    kept = [turn for turn in turns[:1] if turn.role == "system"]
+    shown = False
+    rest = turns[len(kept) :]
+    for question, answer in zip(rest[::2], rest[1::2], strict=False):
+        shown = shown or question.has_picture
+        if answer.content.strip() and (question.content.strip() or shown):
+            kept += [replace(question, has_picture=shown), answer]
+            shown = False
+    if shown or (len(rest) % 2 and rest[-1].has_picture):
+        raise ConversationError(f"{where}the picture belongs to a question without an answer; remove the record")
+    return kept
+
+
+def _messages(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn], image_token: str) -> list[dict[str, str]]:
+    """Turns as the chat template reads them: nothing but our own placeholder can be taken for a control string."""
+    literals = control_strings(tokenizer, image_token)
+    in_answers = tuple(literal for literal in literals if literal not in TAG_LITERALS)
+    messages = []
+    for turn in turns:
+        text = neutralise(turn.content, in_answers if turn.role == "assistant" else literals)
+        messages.append({"role": turn.role, "content": f"{image_token}\n{text}" if turn.has_picture else text})
+    return messages
+
+
+def control_strings(tokenizer: "PreTrainedTokenizerBase", image_token: str) -> tuple[str, ...]:
+    """Every string that must not be taken literally from a person's text, longest first.
+
+    These are the placeholder, the generation tags of both spellings, the special tokens, and those ordinary added
+    tokens that the chat template writes. Other added tokens are words by the tokenizer's own account (Gemma's `<h1>`).
+    """
+    return _control_strings(tokenizer, image_token, len(tokenizer), str(tokenizer.chat_template))
+
+
+@lru_cache(maxsize=8)
+def _control_strings(tokenizer: Any, image_token: str, _size: int, template: str) -> tuple[str, ...]:
+    """The size is part of the key because added tokens change the answer."""
+    added = tokenizer.added_tokens_decoder.values()
+    control = {
+        token.content for token in added if token.special or (token.content.strip() and token.content in template)
+    }
+    return tuple(sorted(control | {image_token, *TAG_LITERALS}, key=lambda text: (-len(text), text)))
+
+
+def _image_id(tokenizer: "PreTrainedTokenizerBase", image_token: str) -> int:
+    """The placeholder's id; a tokenizer would quietly give the unknown id, or none, for a missing one."""
+    if image_token not in tokenizer.get_added_vocab():
+        raise ConversationError(
+            f"the tokenizer has no token {image_token!r} for pictures; add it as a special token and save the tokenizer"
+        )
+    return int(tokenizer.convert_tokens_to_ids(image_token))
+
+
+def _expand(
+    values: Sequence[int], input_ids: Sequence[int], image_id: int, num_image_tokens: int, num_pictures: int, where: str
+) -> list[int]:
+    """Repeat `values` at each placeholder of `input_ids`, once per feature of the picture."""
+    found = input_ids.count(image_id)  # type: ignore[attr-defined]
+    if found != num_pictures:
+        raise ConversationError(f"{where}{found} picture placeholders in the text for {num_pictures} pictures")
+    if not num_pictures:
+        return list(values)
+    expanded: list[int] = []
+    for value, token in zip(values, input_ids, strict=True):
+        expanded.extend([value] * (num_image_tokens if token == image_id else 1))
+    return expanded
