@@ -1,4 +1,4 @@
-"""Package, dependency ranges and extras. The exact tested set is in constraints.txt; tool settings are in pyproject.toml."""
+"""Package, dependency ranges and extras. constraints.txt has the tested set, pyproject.toml the tool settings."""
 
 from setuptools import find_packages, setup
 
@@ -40,7 +40,7 @@ TEST = [
 setup(
     name="llmga",
     version="0.1.0",
-    description="A multimodal LLM that writes generation prompts, the diffusion models that follow them, and restoration.",
+    description="A multimodal LLM that writes generation prompts, and the diffusion models that follow them.",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
