@@ -8,6 +8,7 @@ In text by people they are broken up with a space; so are special tokens and pla
 whose generation tags stay: `llmga.stage1.tasks` has already broken up those it did not write itself.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -33,6 +34,7 @@ TOY_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 TOY_TURN_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\b")
 
 
 class ConversationError(ValueError):
@@ -81,7 +83,7 @@ def encode_conversation(
     kept = _answered(_from_first_question(turns, where), where)
     if not kept or kept[-1].role != "assistant":
         raise ConversationError(f"{where}no question has an answer, so no token would be trained; remove the record")
-    if "generation" not in (tokenizer.chat_template or ""):
+    if not _GENERATION_MARK.search(str(tokenizer.chat_template)):
         raise ConversationError(
             "the tokenizer's chat template marks no answer with {% generation %} ... {% endgeneration %}, so what to "
             "train is unknown; give it a template that does (llmga.stage1.conversation.TOY_CHAT_TEMPLATE shows how)"
@@ -90,15 +92,14 @@ def encode_conversation(
         _messages(tokenizer, kept, image_token), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     input_ids, trained = rendered["input_ids"], rendered["assistant_masks"]
-    if not any(trained):
-        raise ConversationError(f"{where}the chat template marks no token as the assistant's, so nothing is trained")
+    # Where the tokenizer swallows a span's first or last character, transformers skips the span or runs it on.
+    spans = (b"\0" + bytes(trained)).count(b"\0\1")
+    answers = sum(turn.role == "assistant" for turn in kept)
+    if spans != answers:
+        raise ConversationError(f"{where}the chat template marks {spans} spans of tokens for {answers} answers; fix it")
     labels = [token if flag else IGNORE_INDEX for token, flag in zip(input_ids, trained, strict=True)]
-    image_id = _image_id(tokenizer, image_token)
-    num_pictures = sum(turn.has_picture for turn in kept)
-    return Encoded(
-        _expand(input_ids, input_ids, image_id, num_image_tokens, num_pictures, where),
-        _expand(labels, input_ids, image_id, num_image_tokens, num_pictures, where),
-    )
+    pictures = _picture_positions(tokenizer, kept, input_ids, image_token, where)
+    return Encoded(_expand(input_ids, pictures, num_image_tokens), _expand(labels, pictures, num_image_tokens))
 
 
 def encode_prompt(
@@ -121,9 +122,7 @@ def encode_prompt(
     input_ids = tokenizer.apply_chat_template(
         _messages(tokenizer, kept, image_token), tokenize=True, return_dict=True, add_generation_prompt=True
     )["input_ids"]
-    num_pictures = sum(turn.has_picture for turn in kept)
-    image_id = _image_id(tokenizer, image_token)
-    return _expand(input_ids, input_ids, image_id, num_image_tokens, num_pictures, "")
+    return _expand(input_ids, _picture_positions(tokenizer, kept, input_ids, image_token, ""), num_image_tokens)
 
 
 def _from_first_question(turns: Sequence[Turn], where: str) -> list[Turn]:
@@ -171,10 +170,13 @@ def _messages(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn], image
 
 
 def control_strings(tokenizer: "PreTrainedTokenizerBase", image_token: str) -> tuple[str, ...]:
-    """Every string that must not be taken literally from a person's text, longest first.
+    """Every string that must not be taken literally from a person's text.
 
     These are the placeholder, the generation tags of both spellings, the special tokens, and those ordinary added
     tokens that the chat template writes. Other added tokens are words by the tokenizer's own account (Gemma's `<h1>`).
+
+    Raises:
+        ConversationError: the placeholder is not a token of its own.
     """
     return _control_strings(tokenizer, image_token, len(tokenizer), str(tokenizer.chat_template))
 
@@ -182,32 +184,33 @@ def control_strings(tokenizer: "PreTrainedTokenizerBase", image_token: str) -> t
 @lru_cache(maxsize=8)
 def _control_strings(tokenizer: Any, image_token: str, _size: int, template: str) -> tuple[str, ...]:
     """The size is part of the key because added tokens change the answer."""
-    added = tokenizer.added_tokens_decoder.values()
-    control = {
-        token.content for token in added if token.special or (token.content.strip() and token.content in template)
-    }
-    return tuple(sorted(control | {image_token, *TAG_LITERALS}, key=lambda text: (-len(text), text)))
-
-
-def _image_id(tokenizer: "PreTrainedTokenizerBase", image_token: str) -> int:
-    """The placeholder's id; a tokenizer would quietly give the unknown id, or none, for a missing one."""
-    if image_token not in tokenizer.get_added_vocab():
+    added = [token for token in tokenizer.added_tokens_decoder.values() if len(token.content.strip()) > 1]
+    if image_token not in {token.content for token in added}:  # a tokenizer quietly gives the unknown id, or pieces
         raise ConversationError(
             f"the tokenizer has no token {image_token!r} for pictures; add it as a special token and save the tokenizer"
         )
-    return int(tokenizer.convert_tokens_to_ids(image_token))
+    control = {token.content for token in added if token.special or token.content in template}
+    return tuple(sorted(control | {image_token, *TAG_LITERALS}))
 
 
-def _expand(
-    values: Sequence[int], input_ids: Sequence[int], image_id: int, num_image_tokens: int, num_pictures: int, where: str
+def _picture_positions(
+    tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn], input_ids: list[int], image_token: str, where: str
 ) -> list[int]:
-    """Repeat `values` at each placeholder of `input_ids`, once per feature of the picture."""
-    found = input_ids.count(image_id)  # type: ignore[attr-defined]
-    if found != num_pictures:
-        raise ConversationError(f"{where}{found} picture placeholders in the text for {num_pictures} pictures")
-    if not num_pictures:
-        return list(values)
-    expanded: list[int] = []
-    for value, token in zip(values, input_ids, strict=True):
-        expanded.extend([value] * (num_image_tokens if token == image_id else 1))
+    """Where the placeholders stand: exactly one for each turn with a picture."""
+    expected = sum(turn.has_picture for turn in turns)
+    image_id = tokenizer.convert_tokens_to_ids(image_token)
+    found = [position for position, token in enumerate(input_ids) if token == image_id]
+    if len(found) != expected:
+        raise ConversationError(
+            f"{where}{len(found)} picture placeholders in the tokens for {expected} pictures; does the chat template "
+            "write every turn once?"
+        )
+    return found
+
+
+def _expand(values: list[int], positions: list[int], num_image_tokens: int) -> list[int]:
+    """Repeat the value at each of the positions, once per feature of the picture."""
+    expanded = list(values)
+    for position in reversed(positions):
+        expanded[position : position + 1] = [values[position]] * num_image_tokens
     return expanded
