@@ -1,0 +1,92 @@
+# Everything starts here: `make` alone lists the commands. Nothing has to be installed first but Python 3.11+ and git.
+
+CONFIG ?= configs/stage1/toy.yaml
+NPROC  ?= 1
+NODES  ?= 1
+ARGS   ?=
+
+MASTER_PORT ?= 29500
+NODE_RANK   ?= $(SLURM_NODEID)
+
+BIN := .venv/bin
+PY  := $(BIN)/python
+export PYTHON  # setup_env.sh makes .venv with it, if given
+
+# One process needs no launcher; several on one machine find each other; several machines meet at MASTER_ADDR.
+ifneq ($(NODES),1)
+  ifeq ($(MASTER_ADDR),)
+    $(error NODES=$(NODES) needs MASTER_ADDR, the name or address of the first machine, the same on all of them)
+  else ifeq ($(NODE_RANK),)
+    $(error NODES=$(NODES) needs NODE_RANK: 0 on the machine MASTER_ADDR names, then 1, 2, ... (Slurm sets it itself))
+  else
+    LAUNCH = $(PY) -m torch.distributed.run --nnodes=$(NODES) --node_rank=$(NODE_RANK) --nproc_per_node=$(NPROC) \
+      --master_addr=$(MASTER_ADDR) --master_port=$(MASTER_PORT)
+  endif
+else ifneq ($(NPROC),1)
+  LAUNCH = $(PY) -m torch.distributed.run --standalone --nproc_per_node=$(NPROC)
+else
+  LAUNCH = $(PY)
+endif
+
+# The toy data is built when a config reads it.
+TOY_DATA := data/toy/train.jsonl
+NEEDS_DATA := $(if $(shell grep -sl data/toy $(CONFIG)),$(TOY_DATA))
+
+.PHONY: help
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s%s\n", $$1, $$2}' Makefile
+	@echo
+	@echo '  CONFIG=configs/stage1/llava15_7b.yaml NPROC=8 NODES=2 ARGS="optim.lr=1e-5 run.seed=1" change what is run'
+
+.PHONY: install
+install:  ## make .venv with the pinned packages (every command does it when needed)
+	@scripts/setup_env.sh
+
+$(TOY_DATA): | install
+	$(PY) data_tools/build_world.py --out $(@D)
+
+.PHONY: stage1
+stage1: install $(NEEDS_DATA)  ## teach the MLLM to write generation prompts; toy scale by default
+	$(LAUNCH) scripts/train_stage1.py $(CONFIG) $(ARGS)
+
+.PHONY: preview
+preview: install $(NEEDS_DATA)  ## write a page of the examples that CONFIG trains on
+	$(PY) -m llmga preview $(CONFIG) $(ARGS)
+
+.PHONY: eval
+eval: install $(TOY_DATA)  ## measure what stage 1 learned, the base model beside the tuned one
+	$(PY) eval/language.py $(ARGS)
+
+.PHONY: toy-base
+toy-base: install  ## train the shipped toy base MLLM again
+	$(PY) scripts/make_toy_base.py $(ARGS)
+
+.PHONY: toy-tuned
+toy-tuned: install  ## train the shipped tuned toy MLLM again
+	$(PY) scripts/make_toy_tuned.py $(ARGS)
+
+# Tests of one slow file stay in one worker (tests/conftest.py), so that several-process runs do not collide.
+.PHONY: test
+test: install  ## run the whole test suite
+	$(PY) -m pytest tests -n 2 --dist loadgroup $(ARGS)
+
+.PHONY: unit
+unit: install  ## run the unit tests, under a minute
+	$(PY) -m pytest tests/unit -n 2 $(ARGS)
+
+.PHONY: check
+check: install  ## format, lint, types, import contract
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(PY) -m mypy
+	$(BIN)/lint-imports
+
+.PHONY: constraints
+constraints: install  ## write the installed versions to constraints.txt
+	@{ head -n 1 constraints.txt; $(PY) -m pip freeze --exclude-editable; } > constraints.txt.part
+	mv constraints.txt.part constraints.txt
+
+.PHONY: clean
+clean:  ## remove the toy data and the tools' caches; .venv and runs stay
+	rm -rf data/toy .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build llmga.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,128 @@
+"""Commands for people. Every heavy import waits until its command runs, so `--help` answers at once."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+TUNED_MODEL = Path(__file__).parent / "toyworld" / "checkpoints" / "tuned" / "mllm"
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/stage1/toy.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as optim.lr=1e-5.")
+]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def llmga() -> None:
+    """Train and use an LLMGA: a multimodal LLM that writes generation prompts."""
+
+
+@app.command()
+def stage1(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train the MLLM on one machine and one device; `make stage1` starts several."""
+    with _one_clear_message():
+        settings = _stage1_settings(config, overrides)
+        from llmga.stage1.train import train
+
+        typer.echo(f"finished: {train(settings)}")
+
+
+@app.command()
+def preview(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("runs/preview.html"),
+) -> None:
+    """Write a page of the examples a config trains on: picture, mask, and which tokens are trained."""
+    with _one_clear_message():
+        settings = _stage1_settings(config, overrides)
+        from llmga.stage1.preview import write_preview
+
+        write_preview(settings, out)
+        typer.echo(f"open {out}")
+
+
+@app.command("config")
+def show_config(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print every setting a config resolves to, defaults and overrides included."""
+    with _one_clear_message():
+        import yaml
+
+        from llmga.config import dump_config, load_config
+        from llmga.stage1.config import Stage1Config
+
+        settings = load_config(Stage1Config, config, overrides or (), check_machine=False)
+        typer.echo(yaml.safe_dump(dump_config(settings), sort_keys=False, allow_unicode=True), nl=False)
+
+
+@app.command()
+def world(
+    out: Annotated[Path, typer.Argument(help="Folder to make.")] = Path("data/toy"),
+    rows: Annotated[int, typer.Option(min=1, help="Training rows; validation and test come on top.")] = 20_000,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    preset: Annotated[str, typer.Option(help="learnable (2x2 grid) or dense (3x3).")] = "learnable",
+) -> None:
+    """Build the toy data: pictures, and a manifest with rows for every task."""
+    with _one_clear_message():
+        from llmga.toyworld.build import build_world
+
+        build_world(out, rows=rows, seed=seed, preset=preset)
+        typer.echo(f"open {out / 'index.html'}")
+
+
+@app.command()
+def ask(
+    picture: Annotated[str, typer.Argument(help="Picture file, or - for a question without one.")],
+    text: Annotated[str, typer.Argument(help="The question or request.")],
+    model: Annotated[Path, typer.Option(help="Folder of an MLLM; the shipped toy model by default.")] = TUNED_MODEL,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Ask an MLLM one thing and print its reply, generation tags included."""
+    with _one_clear_message():
+        from llmga.images import open_picture
+        from llmga.stage1.conversation import Turn
+        from llmga.stage1.model import load_mllm
+        from llmga.stage1.reply import Prompt, generate_replies
+
+        opened = None if picture == "-" else open_picture(Path(picture))
+        prompt = Prompt(turns=[Turn("user", text, has_picture=opened is not None)], picture=opened)
+        [reply] = generate_replies(load_mllm(model), [prompt], max_new_tokens, 1, temperature=temperature, seed=seed)
+        typer.echo(reply)
+
+
+def _stage1_settings(config: Path, overrides: list[str] | None) -> Any:
+    from llmga.config import load_config
+    from llmga.stage1.config import Stage1Config
+
+    return load_config(Stage1Config, config, overrides or ())
+
+
+@contextmanager
+def _one_clear_message() -> Iterator[None]:
+    """What a user caused is told on stderr without a traceback; exit codes as in `llmga.config`."""
+    from llmga.config import EXIT_BAD_INPUT, EXIT_INTERRUPTED
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except Exception as error:
+        if _names(error) == ("llmga.runtime", "Interrupted"):
+            typer.echo(error, err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        if isinstance(error, ValueError) and _names(error)[0].startswith("llmga."):
+            typer.echo(error, err=True)
+            raise typer.Exit(EXIT_BAD_INPUT) from None
+        raise
+
+
+def _names(error: Exception) -> tuple[str, str]:
+    """Module and class; compared by name because importing llmga.runtime here would import torch."""
+    return type(error).__module__, type(error).__name__
