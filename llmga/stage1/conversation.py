@@ -118,6 +118,10 @@ def encode_prompt(
     kept = _from_first_question(turns, "")
     if not kept or kept[-1].role != "user":
         raise ConversationError("the conversation does not end with a question, so there is nothing to answer")
+    if not tokenizer.chat_template:
+        raise ConversationError(
+            "the tokenizer has no chat template, so turns cannot be written; set one (TOY_CHAT_TEMPLATE shows how)"
+        )
     kept = [*_answered(kept[:-1], ""), kept[-1]]
     input_ids = tokenizer.apply_chat_template(
         _messages(tokenizer, kept, image_token), tokenize=True, return_dict=True, add_generation_prompt=True
