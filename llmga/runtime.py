@@ -1,0 +1,313 @@
+"""What every training run needs around its loop: ranks, seeds, signals, logs, figures, and where it ran.
+
+DeepSpeed enters the house here. Nothing in this file knows what is being trained.
+"""
+
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import platform
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from llmga.checkpoint import atomic_write
+
+_REPEAT_SECONDS = 3.0  # a launcher passes on the Ctrl-C that the terminal has already sent to its children
+_WORKER_GRACE_SECONDS = 60
+_COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+_LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "deepspeed", "safetensors", "numpy", "Pillow")
+
+
+class RuntimeSetupError(ValueError):
+    """A launch that cannot work; the message says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among those of the run."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes what is written once."""
+        return self.rank == 0
+
+
+def init_distributed(with_deepspeed: bool = False) -> Ranks:
+    """Join the other processes that torchrun, deepspeed or srun started; without them, be the only one.
+
+    Must come before the model is built: under ZeRO-3 a model built earlier takes the world to have one process.
+    Without a GPU, DeepSpeed is told to use the CPU and the processes talk through gloo.
+    """
+    ranks = _ranks_from_environment()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(ranks.local_rank)
+    elif with_deepspeed:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # must be set before deepspeed is imported
+    if dist.is_initialized() or (ranks.world_size == 1 and not with_deepspeed):
+        return ranks
+    if with_deepspeed and "MASTER_ADDR" not in os.environ:  # started by plain python: a group of one
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        os.environ.update({key: str(value) for key, value in alone.items()})
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if with_deepspeed:
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=_COLLECTIVE_TIMEOUT)
+    else:
+        dist.init_process_group(backend, timeout=_COLLECTIVE_TIMEOUT)
+    return ranks
+
+
+def close_distributed() -> None:
+    """Leave the process group, when all ranks do so; does nothing without one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _ranks_from_environment() -> Ranks:
+    """RANK, LOCAL_RANK and WORLD_SIZE as torchrun and deepspeed set them, else as srun does."""
+    env = os.environ
+    if "RANK" not in env and env.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "MASTER_ADDR" in env:
+        slurm = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
+        env.update({name: env[source] for name, source in slurm.items()})
+    return Ranks(int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0)), int(env.get("WORLD_SIZE", 1)))
+
+
+def _free_port() -> int:
+    """A port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` holds on at least one rank; every rank must ask."""
+    return sum_over_ranks([float(flag)])[0] > 0
+
+
+def sum_over_ranks(values: Sequence[float]) -> list[float]:
+    """Element-wise sum over the ranks; every rank must take part, with equally many values."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [float(value) for value in values]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(list(values), dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return [float(value) for value in total.tolist()]
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch, for libraries that draw from them."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class RunFailed(RuntimeError):
+    """A run that cannot go on, for a reason that one sentence says; no traceback is needed."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, saved its state and can be resumed."""
+
+
+class StopSignal:
+    """SIGTERM or SIGINT becomes a flag, read between steps; a second SIGINT, some seconds later, aborts at once.
+
+    The handlers are installed on construction and the former ones put back by `close`.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._since = 0.0
+        self._former = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        repeated = self.received is not None and time.monotonic() - self._since > _REPEAT_SECONDS
+        if repeated and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.received is None:
+            self.received = signal.Signals(number).name
+            self._since = time.monotonic()
+            if os.environ.get("RANK", "0") == "0":
+                sys.stderr.write(f"\n{self.received}: saving after this step, then stopping (Ctrl-C again aborts)\n")
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop; all ranks must ask at the same point."""
+        stop = any_rank(self.received is not None)
+        if stop and self.received is None:
+            self.received = "a signal to another rank"
+        return stop
+
+    def close(self) -> None:
+        """Put the former handlers back."""
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+
+def outlive_terminate() -> None:
+    """In a data-loading worker: let a SIGTERM to the whole process group pass, so that the step at hand can finish.
+
+    Slurm and systemd signal every process of a job. Torch's workers would die of it and take the step down with them.
+    The worker leaves by itself after the run's grace, in case nobody tells it to.
+    """
+    if torch.utils.data.get_worker_info() is not None:
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_WORKER_GRACE_SECONDS) and None)
+
+
+class MetricsLog:
+    """A file of JSON lines, each with its `step`; appended to, and cut back when a run resumes from an earlier step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, step: int, **values: Any) -> None:
+        """Append one line at once, so that whoever follows the file sees it."""
+        line = json.dumps({"step": step, **values}, ensure_ascii=False)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every whole line; a last line cut short by a crash is left out."""
+        return list(self._lines())
+
+    def cut_after(self, step: int) -> None:
+        """Drop the lines past `step`, which the resumed run will write again."""
+        if self.path.exists():
+            kept = [json.dumps(line, ensure_ascii=False) + "\n" for line in self._lines() if line["step"] <= step]
+            atomic_write(self.path, "".join(kept))
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        if not self.path.exists():
+            return
+        for text in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and "step" in line:
+                yield line
+
+
+class _StderrHandler(logging.StreamHandler):
+    """Writes to whatever `sys.stderr` is now, so that lines appear above a progress bar and not through it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        """The stream of this moment."""
+        return sys.stderr
+
+
+def setup_logging(ranks: Ranks) -> None:
+    """Show the messages of `llmga` on the error stream: all of rank 0, warnings of the others."""
+    logger = logging.getLogger("llmga")
+    logger.setLevel(logging.INFO if ranks.is_main else logging.WARNING)
+    if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
+        handler = _StderrHandler()
+        name = "" if ranks.world_size == 1 else f"[rank {ranks.rank}] "
+        handler.setFormatter(logging.Formatter(f"{'' if ranks.is_main else name}%(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+
+
+def tracker_names(trackers: Sequence[str]) -> list[str]:
+    """The trackers as transformers names them.
+
+    Raises:
+        RuntimeSetupError: the package of a tracker is not installed.
+    """
+    for name in trackers:
+        if importlib.util.find_spec(name) is None:
+            raise RuntimeSetupError(
+                f"run.trackers: {name!r} needs the package {name!r}, which is not installed; "
+                f"run `pip install {name}` or take it off the list (metrics.jsonl is written in any case)"
+            )
+    return list(trackers)
+
+
+def memory_gb() -> dict[str, float]:
+    """Peak memory of this process so far, in GB (10**9 bytes): `memory_gb`, and `cuda_gb` where there is a GPU."""
+    peak = {"memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_BYTES / 1e9, 3)}
+    if torch.cuda.is_available():
+        peak["cuda_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    return peak
+
+
+_MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, command and commit of this process, as plain values for a JSON file."""
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "machine": platform.platform(),
+        "host": platform.node(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "world_size": _ranks_from_environment().world_size,
+    }
+
+
+def commit() -> str | None:
+    """The commit that this package runs from, with `+changes` when files differ from it; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+
+    try:
+        if not (Path(git("rev-parse", "--show-toplevel")) / "llmga" / "runtime.py").is_file():
+            return None  # a checkout of something else that happens to hold our environment
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
