@@ -1,0 +1,306 @@
+"""What did the MLLM learn? Tags, prompts, kept facts and questions on held-out scenes, the base model beside the tuned one.
+
+    make eval                                                        # the shipped toy models
+    python eval/language.py --model runs/stage1_toy/final            # a model of yours
+    python eval/language.py --phrasing held_out                      # instructions that training never saw
+
+Writes result.json (every number with its interval and protocol), items.jsonl (every reply) and index.html (to look at).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llmga.metrics.intervals import Interval, bootstrap_ratio
+from PIL import Image
+
+from llmga.config import EXIT_BAD_INPUT, EXIT_OK
+from llmga.files import written_aside
+from llmga.images import open_picture, picture_path
+from llmga.records import Record, open_manifest
+from llmga.runtime import environment
+from llmga.stage1.conversation import Turn
+from llmga.stage1.tasks import Example, TaskSettings, build_example
+from llmga.tokens import clip_length, parse_reply
+from llmga.toyworld.edits import Edit
+from llmga.toyworld.scene import Scene
+from llmga.toyworld.scores import PromptScore, score_description, score_edit, score_refinement
+
+CHECKPOINTS = Path("llmga/toyworld/checkpoints")
+CLIP_WINDOW = 77
+TASKS = ("similar_image", "inpainting", "outpainting", "prompt_refinement", "editing", "vqa", "qa")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question: what is asked, what a right reply would be, and what is needed to score it."""
+
+    id: str
+    record: Record
+    example: Example
+    turns: list[Turn]
+    expected: str
+
+    @property
+    def asks_for_picture(self) -> bool:
+        """True for generation requests: the reply must carry tags."""
+        return self.example.kind == "generation"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Evaluate and write the result folder; returns the exit code."""
+    args = parse_arguments(arguments)
+    try:
+        records = choose_records(args.data, args.rows, args.tasks)
+        settings = TaskSettings(picture_size=args.picture_size, phrasing=args.phrasing)
+        items = list(build_items(records, args.data.parent, settings, args.seed))
+        systems = {"tuned": args.model} | ({"base": args.base} if args.base else {})
+        rows: list[dict[str, Any]] = []
+        timing = {}
+        for name, path in systems.items():
+            started = time.monotonic()
+            replies = reply(path, items, args.max_new_tokens, args.batch_size)
+            timing[name] = round(time.monotonic() - started, 1)
+            rows += [score_item(name, item, text) for item, text in zip(items, replies, strict=True)]
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return EXIT_BAD_INPUT
+    result = {
+        "schema_version": 1,
+        "code_and_environment": environment(),
+        "protocol": {
+            "data": str(args.data),
+            "records": len(records),
+            "phrasing": args.phrasing,
+            "decoding": "greedy",
+            "max_new_tokens": args.max_new_tokens,
+            "seed": args.seed,
+            "interval": "95 %, bootstrap over records",
+        },
+        "systems": {name: str(path) for name, path in systems.items()},
+        "seconds": timing,
+        "metrics": summarise(rows),
+    }
+    write_result(args.out, result, rows, items)
+    print(table(result["metrics"]))
+    print(f"{args.out / 'index.html'}")
+    return EXIT_OK
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=CHECKPOINTS / "tuned/mllm", help="folder of the tuned MLLM")
+    parser.add_argument("--base", type=Path, default=CHECKPOINTS / "base/mllm", help="folder of the base MLLM")
+    parser.add_argument("--no-base", dest="base", action="store_const", const=None, help="leave the base out")
+    parser.add_argument("--data", type=Path, default=Path("data/toy/test.jsonl"), help="manifest of held-out scenes")
+    parser.add_argument("--out", type=Path, default=Path("runs/eval_language"))
+    parser.add_argument("--rows", type=int, default=200, help="records per task")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--phrasing", choices=("train", "held_out"), default="train")
+    parser.add_argument("--picture-size", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, default=320)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+# ---------------------------------------------------------------- what is asked
+
+
+def choose_records(path: Path, rows: int, tasks: Sequence[str]) -> list[Record]:
+    """The first `rows` records of each task.
+
+    Raises:
+        ValueError: the manifest is missing, or holds none of a task.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: no such manifest; build one with: python data_tools/build_world.py --out {path.parent}"
+        )
+    chosen: dict[str, list[Record]] = {task: [] for task in tasks}
+    for record in open_manifest(path):
+        if len(chosen.get(record.task, ())) < rows and record.task in chosen:
+            chosen[record.task].append(record)
+    empty = [task for task, found in chosen.items() if not found]
+    if empty:
+        raise ValueError(f"{path} holds no record of task {', '.join(empty)}; name others with --tasks")
+    return [record for found in chosen.values() for record in found]
+
+
+def build_items(records: Sequence[Record], image_root: Path, settings: TaskSettings, seed: int) -> Iterator[Item]:
+    """Every question of every record, with the true conversation before it."""
+
+    def load_picture(name: str) -> Image.Image:
+        return open_picture(picture_path(image_root, name))
+
+    for index, record in enumerate(records):
+        example = build_example(record, np.random.default_rng([seed, index]), settings, load_picture)
+        for position, turn in enumerate(example.messages):
+            if turn.role == "assistant":
+                yield Item(f"{record.id}/{position}", record, example, example.messages[:position], turn.content)
+
+
+def reply(path: Path, items: Sequence[Item], max_new_tokens: int, batch_size: int) -> list[str]:
+    """Greedy replies of a model folder to all items."""
+    from llmga.stage1.reply import Prompt, generate_replies
+
+    from llmga.stage1.model import load_mllm
+
+    prompts = [Prompt(item.turns, item.example.picture) for item in items]
+    return generate_replies(load_mllm(path), prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+
+
+# ---------------------------------------------------------------- how right it is
+
+
+def score_item(system: str, item: Item, text: str) -> dict[str, Any]:
+    """Score one reply: a JSON-ready row with its (right, total) pairs."""
+    answer, task = parse_reply(text), item.record.task
+    prompt = answer.prompts[0] if answer.prompts else ""
+    score = PromptScore()
+    if item.asks_for_picture:
+        score.add("tags_well_formed", answer.well_formed and len(answer.prompts) == 1)
+        score.add("clip_tokens", clip_length(prompt))
+        score.add("past_clip_window", clip_length(prompt) + 2 > CLIP_WINDOW)
+    else:
+        score.add("tags_where_none_belong", bool(answer.prompts) or not answer.well_formed)
+        prompt = answer.text
+    if task in ("vqa", "qa"):
+        score.add("exact_match", normal(text) == normal(item.expected))
+    else:
+        score.pairs |= _score_prompt(task, item, prompt).pairs
+    return {
+        "system": system,
+        "id": item.id,
+        "task": task,
+        "kind": item.example.kind,
+        "record": item.record.id,
+        "question": item.turns[-1].content,
+        "reply": text,
+        "expected": item.expected,
+        "scores": score.pairs,
+    }
+
+
+def _score_prompt(task: str, item: Item, prompt: str) -> PromptScore:
+    meta = item.record.meta or {}
+    scene = Scene.from_dict(meta["scene"])
+    if task == "editing":
+        return score_edit(prompt, Edit.from_dict(meta["edit"]))
+    if task == "prompt_refinement":
+        return score_refinement(prompt, item.record.short_caption or "", scene.geometry.grid)
+    hole = item.example.mask.hole if item.example.mask is not None else None
+    return score_description(prompt, scene, hole)
+
+
+def normal(text: str) -> str:
+    """Case, outer space and the last full stop do not make an answer wrong."""
+    return " ".join(text.lower().split()).rstrip(".")
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry per system, task, kind and score, with its 95 % interval; and the tag scores over all tasks."""
+    groups: dict[tuple[str, str, str, str], list[tuple[str, tuple[int, int]]]] = {}
+    for row in rows:
+        for name, pair in row["scores"].items():
+            if pair[1]:
+                groups.setdefault((row["system"], row["task"], row["kind"], name), []).append((row["record"], pair))
+            if name.startswith("tags_"):
+                kind = "generation" if name == "tags_well_formed" else "other"
+                groups.setdefault((row["system"], "all", kind, name), []).append((row["record"], pair))
+    metrics = []
+    for (system, task, kind, name), pairs in groups.items():
+        right = np.array([pair[0] for _, pair in pairs], float)
+        total = np.array([pair[1] for _, pair in pairs], float)
+        interval: Interval = bootstrap_ratio(right, total, clusters=[record for record, _ in pairs])
+        metrics.append(
+            {
+                "system": system,
+                "task": task,
+                "kind": kind,
+                "name": name,
+                "value": interval.value,
+                "ci_low": interval.low,
+                "ci_high": interval.high,
+                "n": len({record for record, _ in pairs}),
+            }
+        )
+    return metrics
+
+
+# ---------------------------------------------------------------- what is written
+
+TABLE_ROWS = (
+    ("all", "generation", "tags_well_formed", "well-formed tags on generation requests"),
+    ("all", "other", "tags_where_none_belong", "tags where none belong"),
+    ("similar_image", "generation", "attributes", "similar image: attributes right"),
+    ("similar_image", "generation", "exact", "similar image: whole scene right"),
+    ("similar_image", "generation", "valid", "similar image: valid prompt"),
+    ("inpainting", "generation", "attributes", "inpainting: visible attributes right"),
+    ("outpainting", "generation", "attributes", "outpainting: visible attributes right"),
+    ("prompt_refinement", "generation", "constraints", "refinement: constraints kept"),
+    ("prompt_refinement", "generation", "valid", "refinement: valid prompt"),
+    ("prompt_refinement", "generation", "past_clip_window", "refinement: prompts past 77 CLIP tokens"),
+    ("prompt_refinement", "generation", "clip_tokens", "refinement: CLIP tokens per prompt"),
+    ("editing", "generation", "requested", "editing: requested change made"),
+    ("editing", "generation", "preserved", "editing: other facts preserved"),
+    ("editing", "generation", "joint", "editing: joint success"),
+    ("vqa", "chat", "exact_match", "VQA: exact match"),
+    ("qa", "chat", "exact_match", "plain QA: exact match"),
+)
+"""What the table shows, in order: task, kind, score, words."""
+
+
+def show(metric: dict[str, Any]) -> str:
+    """A value with its interval, in per cent or in tokens."""
+    if metric["name"] == "clip_tokens":
+        return f"{metric['value']:.0f} [{metric['ci_low']:.0f}, {metric['ci_high']:.0f}]"
+    return f"{100 * metric['value']:.1f} % [{100 * metric['ci_low']:.1f}, {100 * metric['ci_high']:.1f}]"
+
+
+def table_rows(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, int]]:
+    """(words, tuned, base, n) for each row that was measured."""
+    found = {(m["system"], m["task"], m["kind"], m["name"]): m for m in metrics}
+    rows = []
+    for task, kind, name, words in TABLE_ROWS:
+        tuned, base = (found.get((system, task, kind, name)) for system in ("tuned", "base"))
+        if tuned is not None:
+            rows.append((words, show(tuned), show(base) if base else "-", tuned["n"]))
+    return rows
+
+
+def table(metrics: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table."""
+    lines = ["| what | tuned | base | n |", "|---|---|---|---|"]
+    return "\n".join(
+        [*lines, *(f"| {words} | {tuned} | {base} | {n} |" for words, tuned, base, n in table_rows(metrics))]
+    )
+
+
+def write_result(out: Path, result: dict[str, Any], rows: Sequence[dict[str, Any]], items: Sequence[Item]) -> None:
+    """Write result.json, items.jsonl and index.html."""
+    from language_page import render_page
+
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = {item.id: item.example.picture for item in items}
+    texts = {
+        "result.json": json.dumps(result, indent=1, ensure_ascii=False) + "\n",
+        "items.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+        "index.html": render_page(result, table_rows(result["metrics"]), rows, pictures),
+    }
+    for name, text in texts.items():
+        with written_aside(out / name) as aside:
+            aside.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

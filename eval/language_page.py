@@ -1,0 +1,100 @@
+"""The page that eval/language.py writes: the table, then examples of every task with right and wrong facts marked."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+from PIL import Image
+
+from llmga.toyworld.grammar import parse_caption
+from llmga.toyworld.scene import ATTRIBUTES
+from llmga.toyworld.wording import WORDS
+
+EXAMPLES_PER_TASK = 6
+
+
+def render_page(
+    result: Mapping[str, Any],
+    table: Sequence[tuple[str, str, str, int]],
+    rows: Sequence[Mapping[str, Any]],
+    pictures: Mapping[str, Image.Image | None],
+) -> str:
+    """Self-contained HTML: opens offline, holds its pictures."""
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    return environment.get_template("language.html.j2").render(
+        result=result, table=table, tasks=examples_by_task(rows, pictures)
+    )
+
+
+def examples_by_task(
+    rows: Sequence[Mapping[str, Any]], pictures: Mapping[str, Image.Image | None]
+) -> dict[str, list[dict[str, Any]]]:
+    """The first examples of each task, and among them up to two that the tuned model got wrong."""
+    by_item: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        by_item.setdefault(row["id"], {})[row["system"]] = row
+    tasks: dict[str, list[dict[str, Any]]] = {}
+    for wrong_first in (True, False):  # wrong ones are looked for first, so that a page never hides them
+        for item, systems in by_item.items():
+            tuned = systems["tuned"]
+            chosen = tasks.setdefault(tuned["task"], [])
+            limit = 2 if wrong_first else EXAMPLES_PER_TASK
+            if len(chosen) < limit and wrong_first == _is_wrong(tuned) and item not in {e["id"] for e in chosen}:
+                chosen.append(_example(item, systems, pictures[item]))
+    return tasks
+
+
+def _is_wrong(row: Mapping[str, Any]) -> bool:
+    names = ("tags_well_formed", "valid", "attributes", "constraints", "joint", "exact_match")
+    return any(right < total for name, (right, total) in row["scores"].items() if name in names)
+
+
+def _example(item: str, systems: Mapping[str, Mapping[str, Any]], picture: Image.Image | None) -> dict[str, Any]:
+    tuned = systems["tuned"]
+    return {
+        "id": item,
+        "question": tuned["question"],
+        "picture": _data_url(picture) if picture is not None else None,
+        "expected": tuned["expected"],
+        "wrong": _is_wrong(tuned),
+        "replies": {name: mark_facts(row["reply"], row["expected"]) for name, row in systems.items()},
+    }
+
+
+def mark_facts(reply: str, expected: str) -> str:
+    """The reply as HTML: a word that says a fact is marked right or wrong by the sentence's truth in `expected`."""
+    truth = parse_caption(expected.replace("<gen_img>", "").replace("</gen_img>", ""))
+    parts = []
+    for sentence in reply.split(". "):
+        parsed = parse_caption(sentence.replace("<gen_img>", "").replace("</gen_img>", "").strip(" ."))
+        wrong = {
+            value
+            for (kind, cell), value in parsed.facts().items()
+            if truth.facts().get((kind, cell)) not in (None, value)
+        }
+        extra = any(cell not in truth.objects for cell in parsed.objects) and bool(truth.objects)
+        said = {value for value in parsed.facts().values()}
+        parts.append(" ".join(_mark(word, said, wrong, extra) for word in sentence.split(" ")))
+    return ". ".join(parts)
+
+
+def _mark(word: str, said: set[str], wrong: set[str], extra: bool) -> str:
+    bare, text = word.strip(".,;:").lower(), html.escape(word)
+    if word in ("<gen_img>", "</gen_img>"):
+        return f'<b class="tag">{text}</b>'
+    values = {value for slot in (*ATTRIBUTES, "background") for value, words in WORDS[slot].items() if bare in words}
+    if not values & said:
+        return text
+    return f'<b class="{"wrong" if extra or values & wrong else "right"}">{text}</b>'
+
+
+def _data_url(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,100 @@
+"""How right is a written prompt? Every score is a (right, total) pair, so that sums over scenes are exact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llmga.toyworld.edits import Edit, all_facts, holds
+from llmga.toyworld.grammar import ParsedCaption, parse_caption, says
+from llmga.toyworld.scene import Facts, Scene
+from llmga.toyworld.visibility import visible_share
+
+MIN_VISIBLE = 0.5
+"""Share of an object that must be outside of the hole for a prompt to be held to it."""
+
+
+@dataclass
+class PromptScore:
+    """Scores of one prompt: name -> (right, total); a total of 0 says that the score does not apply."""
+
+    pairs: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, name: str, right: bool | int, total: int = 1) -> None:
+        """Add to a score."""
+        before = self.pairs.get(name, (0, 0))
+        self.pairs[name] = (before[0] + int(right), before[1] + total)
+
+
+def score_description(prompt: str, scene: Scene, hole: np.ndarray | None = None) -> PromptScore:
+    """Score a prompt that should describe a scene, or what a mask leaves to see of it.
+
+    Scores: `valid` (grammar), `attributes` and `attribute:<kind>` (a missing object is wrong in all of its attributes),
+    `exact` (every fact and no other; only without a hole), `no_extra` (no object where a visible cell is empty).
+
+    Args:
+        hole: (S, S), 1 = hidden; the facts of objects that are mostly hidden are not counted.
+    """
+    parsed, score = parse_caption(prompt, scene.geometry.grid), PromptScore()
+    score.add("valid", parsed.valid)
+    _score_facts(score, parsed, _visible_facts(scene, hole))
+    empty = [cell for cell in scene.empty_cells() if _is_visible(scene, cell, hole)]
+    score.add("no_extra", sum(cell not in parsed.objects for cell in empty), len(empty))
+    if hole is None:
+        score.add("exact", says(parsed, scene))
+    return score
+
+
+def score_refinement(prompt: str, brief: str, grid: int) -> PromptScore:
+    """Score a prompt that should keep what a brief caption asks for and add the rest.
+
+    Scores: `valid`, `constraints` (background, count, and an object with the named colour and shape), `kept` (all of
+    them).
+    """
+    parsed, asked, score = parse_caption(prompt, grid), parse_caption(brief, grid), PromptScore()
+    score.add("valid", parsed.valid)
+    kept = [parsed.background == asked.background]
+    if asked.count is not None:
+        kept.append(len(parsed.objects) == asked.count)
+    for mention in asked.mentions:
+        kept.append(any(mention.items() <= said.items() for said in parsed.objects.values()))
+    score.add("constraints", sum(kept), len(kept))
+    score.add("kept", all(kept))
+    return score
+
+
+def score_edit(prompt: str, edit: Edit) -> PromptScore:
+    """Score a prompt that should describe the target scene of an edit.
+
+    Scores: `valid`, `requested` (all facts that the instruction asks for), `preserved` (share of all other facts),
+    `joint` (all requested and all preserved facts), and the attributes as for a description.
+    """
+    parsed, score = parse_caption(prompt, edit.target.geometry.grid), PromptScore()
+    score.add("valid", parsed.valid)
+    said = parsed.facts()
+    score.add("requested", holds(said, edit.requested))
+    score.add("preserved", sum(holds(said, {key: value}) for key, value in edit.preserved.items()), len(edit.preserved))
+    score.add("joint", holds(said, all_facts(edit.target)) and parsed.valid)
+    _score_facts(score, parsed, edit.target.facts())
+    return score
+
+
+def _score_facts(score: PromptScore, parsed: ParsedCaption, facts: Facts) -> None:
+    said = parsed.facts()
+    for (kind, cell), value in facts.items():
+        right = said.get((kind, cell)) == value
+        score.add("attributes", right)
+        score.add(f"attribute:{kind}", right)
+
+
+def _visible_facts(scene: Scene, hole: np.ndarray | None) -> Facts:
+    return {
+        (kind, cell): value
+        for (kind, cell), value in scene.facts().items()
+        if cell is None or _is_visible(scene, cell, hole)
+    }
+
+
+def _is_visible(scene: Scene, cell: int, hole: np.ndarray | None) -> bool:
+    return hole is None or visible_share(scene, cell, hole) >= MIN_VISIBLE

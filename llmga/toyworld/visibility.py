@@ -1,0 +1,32 @@
+"""What can still be seen of a scene through a mask."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llmga.toyworld.render import cell_origin, object_layers
+from llmga.toyworld.scene import Scene
+
+
+def visible_share(scene: Scene, cell: int, hole: np.ndarray) -> float:
+    """Share of the cell's object, or of the empty cell, that lies outside of the hole.
+
+    Args:
+        scene: the scene.
+        cell: cell number, row by row.
+        hole: (S, S) array, 1 = hidden.
+    Returns:
+        0 (hidden) to 1 (fully visible); for an object its coverage is the weight, for an empty cell every pixel counts.
+    """
+    size = hole.shape[0]
+    obj = scene.object_at(cell)
+    if obj is not None:
+        top, left, coverage, _ = object_layers(scene.preset, obj, size)
+        window = hole[top : top + coverage.shape[0], left : left + coverage.shape[1]]
+        return float(1 - (window * coverage).sum() / coverage.sum())
+    top_64, left_64 = cell_origin(scene.preset, cell)
+    scale, side = size / 64, scene.geometry.cell
+    window = hole[
+        round(top_64 * scale) : round((top_64 + side) * scale), round(left_64 * scale) : round((left_64 + side) * scale)
+    ]
+    return float(1 - window.mean())

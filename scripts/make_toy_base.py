@@ -1,0 +1,204 @@
+"""Make the toy base MLLM: it sees scenes, describes them briefly, answers questions and chats a little.
+
+It stands where LLaVA-1.5 stands in the paper: no generation tags, no long captions. `make toy-base` runs it:
+
+    python scripts/make_toy_base.py                 # corpus, tokenizer, vision tower, LLM, shipped into the package
+    python scripts/make_toy_base.py optim.lr=5e-4   # overrides of configs/stage1/toy_base.yaml
+
+Each step is skipped when what it makes is there already, so an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from llmga.config import EXIT_BAD_INPUT, EXIT_OK, ConfigError, load_config
+
+WORK = Path("runs/toy_base")
+CORPUS_ROWS = 36_000
+VOCABULARY_SIZE = 1_536
+SHIPPED = Path("llmga/toyworld/checkpoints/base/mllm")
+SPECIAL_TOKENS = ("<pad>", "<s>", "<image>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+
+
+def main(overrides: list[str]) -> int:
+    """Run the steps in order and return the exit code."""
+    from llmga.stage1.config import Stage1Config
+
+    # The run starts from what this script makes, so the folders must exist before the config is checked.
+    WORK.mkdir(parents=True, exist_ok=True)
+    make_tower(WORK / "tower")
+    make_corpus(WORK / "data")
+    make_start(WORK / "start", WORK / "data", WORK / "tower")
+    try:
+        config = load_config(Stage1Config, Path("configs/stage1/toy_base.yaml"), overrides)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return EXIT_BAD_INPUT
+    from llmga.stage1.train import train
+
+    final = train(config)
+    ship(final, SHIPPED)
+    return EXIT_OK
+
+
+def make_corpus(folder: Path) -> None:
+    """Scenes with brief captions, questions and small talk."""
+    if folder.exists():
+        return
+    from llmga.toyworld.build import build_world
+
+    build_world(folder, rows=CORPUS_ROWS, seed=0, kind="base")
+
+
+def make_tower(folder: Path) -> None:
+    """The vision tower, trained on scenes with and without holes."""
+    if folder.exists():
+        return
+    import torch
+
+    from llmga.checkpoint import write_folder_atomically
+    from llmga.toyworld.tower import TowerRecipe, train_tower
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    tower = train_tower(TowerRecipe(), log=lambda line: print(line, flush=True))
+    with write_folder_atomically(folder) as temporary:
+        tower.save_pretrained(temporary)
+
+
+def make_start(folder: Path, corpus: Path, tower_folder: Path) -> None:
+    """A LLaVA folder with trained tokenizer and vision tower, and with a fresh projector and LLM."""
+    if folder.exists():
+        return
+    import torch
+    from transformers import CLIPVisionModel, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    from llmga.stage1.model import Mllm, save_mllm
+    from llmga.tokens import GEN_IMG
+    from llmga.toyworld.tower import TowerRecipe
+
+    tokenizer, recipe = train_tokenizer(corpus), TowerRecipe()
+    tower = CLIPVisionModel.from_pretrained(tower_folder)
+    width, token_id = 192, tokenizer.convert_tokens_to_ids
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=width // 32,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        image_token_id=token_id("<image>"),
+        image_seq_length=(recipe.picture_size // recipe.patch_size) ** 2,
+        vision_feature_layer=-1,  # the tower was trained to speak through its last layer
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(recipe.seed)
+    model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    mllm = Mllm(model, build_processor(tokenizer, recipe), GEN_IMG)
+    save_mllm(mllm, None, folder, provenance={"made_by": "scripts/make_toy_base.py", "tower": vars(recipe)})
+
+
+def train_tokenizer(corpus: Path):
+    """Byte-level BPE on the world's texts: nearly every word of the world is one token, every other text is bytes."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from llmga.stage1.conversation import TOY_CHAT_TEMPLATE
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        min_frequency=2,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(tokenizer_texts(corpus), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="<|end|>",
+        chat_template=TOY_CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=1024,
+    )
+
+
+def tokenizer_texts(corpus: Path):
+    """The base corpus, the instructions of stage 1 and captions of every style: words to spell, nothing to learn."""
+    import numpy as np
+    import yaml
+
+    from llmga.records import open_manifest
+    from llmga.toyworld import describe, sample_scene
+    from llmga.toyworld.edits import sample_edit
+
+    for record in open_manifest(corpus / "train.jsonl"):
+        yield from (message["content"] for message in record.messages or ())
+    instructions = yaml.safe_load(Path("llmga/stage1/instructions.yaml").read_text(encoding="utf-8"))
+    for text in strings_in(instructions):
+        yield from [text] * 20
+    for seed in range(4_000):
+        rng, scene = np.random.default_rng([1, seed]), sample_scene(seed)
+        yield from (describe(scene, rng, style).text for style in ("long", "medium", "brief"))
+        yield sample_edit(scene, rng).instruction
+
+
+def strings_in(value):
+    """Every string in nested lists and dicts."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from strings_in(item)
+
+
+def build_processor(tokenizer, recipe):
+    """LLaVA's processor for pictures of the tower's size."""
+    from transformers import LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    side = recipe.picture_size
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
+        tokenizer=tokenizer,
+        patch_size=recipe.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def ship(final: Path, destination: Path) -> None:
+    """Put the finished model into the package, in float16, with the frozen tower in a file of its own."""
+    import json
+
+    import torch
+
+    from llmga.stage1.model import load_mllm, save_mllm
+
+    provenance = json.loads((final / "provenance.json").read_text(encoding="utf-8"))
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    save_mllm(load_mllm(final), None, destination, provenance, dtype=torch.float16, split_vision=True)
+    print(f"shipped {destination} ({sum(f.stat().st_size for f in destination.iterdir()) / 2**20:.1f} MiB)")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
