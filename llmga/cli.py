@@ -87,11 +87,12 @@ def ask(
     """Ask an MLLM one thing and print its reply, generation tags included."""
     with _one_clear_message():
         from llmga.images import open_picture
+
+        opened = None if picture == "-" else open_picture(Path(picture))
         from llmga.stage1.conversation import Turn
         from llmga.stage1.model import load_mllm
         from llmga.stage1.reply import Prompt, generate_replies
 
-        opened = None if picture == "-" else open_picture(Path(picture))
         prompt = Prompt(turns=[Turn("user", text, has_picture=opened is not None)], picture=opened)
         [reply] = generate_replies(load_mllm(model), [prompt], max_new_tokens, 1, temperature=temperature, seed=seed)
         typer.echo(reply)

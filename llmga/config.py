@@ -133,7 +133,10 @@ def _deepspeed_complaint(path: Path, precision: str) -> str | None:
     if not isinstance(settings, dict):
         return f"{path} holds {shown(settings)}, expected a JSON object"
     for name, wanted in (("fp16", False), ("bf16", precision == "bf16")):
-        enabled = (settings.get(name) or {}).get("enabled", "auto")
+        section = settings.get(name, {})
+        if not isinstance(section, dict):
+            return f'{path} sets {name} to {shown(section)}, expected an object such as {{"enabled": "auto"}}'
+        enabled = section.get("enabled", "auto")
         if enabled != "auto" and enabled != wanted:
             return f'{path} sets {name}.enabled to {shown(enabled)}, but precision is {precision}; write "auto" there'
     return None
@@ -286,6 +289,8 @@ PLAIN_WORDS = {
 
 def _expected(problem: ErrorDetails) -> str:
     """What pydantic expected, in the words of a YAML file."""
+    if problem["type"] == "missing":  # in a list of fixed length, such as betas
+        return "expected one more item"
     message = problem["msg"].removeprefix("Input should be ")
     if message == problem["msg"]:
         return message[0].lower() + message[1:]

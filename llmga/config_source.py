@@ -70,15 +70,19 @@ def _note_places(node: yaml.Node, at: Key, places: dict[Key, str], report: Repor
     """Note the line of every key below the node, and report keys given twice (YAML itself keeps the last)."""
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
+            places[(*at, index)] = _line(item)
             _note_places(item, (*at, index), places, report)
     elif isinstance(node, yaml.MappingNode):
         for name, value in node.value:
             key = (*at, name.value)
-            line = f"line {name.start_mark.line + 1}"
             if key in places:
-                report.add(key, f"given twice, on {places[key]} and {line}; keep one")
-            places[key] = line
+                report.add(key, f"given twice, on {places[key]} and {_line(name)}; keep one")
+            places[key] = _line(name)
             _note_places(value, key, places, report)
+
+
+def _line(node: yaml.Node) -> str:
+    return f"line {node.start_mark.line + 1}"
 
 
 def apply_overrides(data: Any, overrides: Sequence[str], places: dict[Key, str], report: Report) -> Any:

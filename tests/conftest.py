@@ -23,7 +23,7 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark by ring; keep a slow file's tests in one worker, where they share what they trained; skip gpu without one."""
+    """Mark by ring; keep a slow file's tests in one worker, which trains what they share; skip gpu ones."""
     for item in items:
         ring = item.path.relative_to(TESTS).parts[0]
         if ring in ("parity", *SLOW_RINGS):

@@ -54,7 +54,10 @@ class SourceConfig:
 
     @combination("path", machine=True)
     def _file_exists(self) -> str | None:
-        return None if self.path.is_file() else no_such_file(self.path)
+        if self.path.is_file():
+            return None
+        toy = "; `llmga world` makes the toy data" if self.path.parts[:2] == ("data", "toy") else ""
+        return no_such_file(self.path) + toy
 
     @combination("image_root", machine=True)
     def _image_root_exists(self) -> str | None:
