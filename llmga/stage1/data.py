@@ -1,0 +1,368 @@
+"""Rows become examples, examples become batches; every example is a pure function of (seed, index).
+
+    Stage1Dataset   index -> (source, row, epoch) -> record -> conversation -> input_ids, labels, pixel_values
+    Collator        examples -> one padded batch
+
+What cannot be used is replaced by another row of its source, chosen by the seed, and written to `bad_samples.jsonl`;
+`BadSampleBudget` ends a run that had to replace too many. Nothing is ever cut.
+"""
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from llmga.images import PictureError, open_picture, picture_path
+from llmga.records import Record
+from llmga.runtime import RunFailed
+from llmga.stage1.config import Stage1Config
+from llmga.stage1.conversation import Encoded, encode_conversation
+from llmga.stage1.mixture import Mixture, rows_per_epoch
+from llmga.stage1.pixels import PixelEncoder
+from llmga.stage1.sources import Source, open_sources
+from llmga.stage1.tasks import Example, TaskSettings, build_example
+from llmga.tokens import IGNORE_INDEX, TAGS
+
+TRAIN = "train"  # the set whose bad samples count against data.max_bad_share
+BAD_SAMPLES_FILE = "bad_samples.jsonl"
+MAX_NEIGHBOURS = 10  # rows tried in place of one that cannot be used; all bad by chance: never, by a wrong path: always
+VALIDATION_SEED = 0  # not the run's: held-out losses of all runs are about the same examples
+
+
+class SampleError(ValueError):
+    """A row that cannot be trained on; the message names file, row and record."""
+
+
+class TooManyBadSamples(RunFailed):
+    """More examples had an unreadable picture than `data.max_bad_share` allows."""
+
+
+# ---------------------------------------------------------------- examples
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One example with everything it was made from.
+
+    Attributes:
+        index: its place in the run.
+        row: of its source; another than the run's order says when that one could not be used.
+        encoded: token ids and labels, pictures expanded.
+        pixel_values: (3, H, W) float32, or None without a picture.
+    """
+
+    index: int
+    source: Source
+    row: int
+    epoch: int
+    record: Record
+    example: Example
+    encoded: Encoded
+    pixel_values: np.ndarray | None
+
+
+class _Unusable(Exception):
+    """Why a row is replaced by another one."""
+
+    def __init__(self, kind: Literal["picture", "too_long"], reason: str, picture: str | None = None) -> None:
+        super().__init__(reason)
+        self.kind, self.picture = kind, picture
+
+
+class Stage1Dataset(Dataset[dict[str, Any]]):
+    """Examples by index, the same ones in any process, at any time, in any order.
+
+    Chance (instruction, order, mask) is drawn from a generator made of (seed, source, row, epoch), so it depends
+    neither on ranks, workers nor on where a run was resumed.
+
+    Args:
+        sources: where rows come from.
+        order: index -> (source, row, epoch): a `Mixture`, or a plain list.
+        processor: tokenizer, image processor (PIL backend) and placeholder of the model, a `LlavaProcessor`.
+        settings: how records become conversations.
+        max_length: tokens, those of the picture included.
+        too_long: "drop" replaces a longer example, "error" raises.
+        seed: of everything drawn.
+        name: of this set in `bad_samples.jsonl`.
+        bad_samples_path: where replaced rows are written down; None for nowhere.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        order: Sequence[tuple[int, int, int]] | Mixture,
+        processor: Any,
+        settings: TaskSettings,
+        max_length: int,
+        too_long: Literal["drop", "error"] = "drop",
+        seed: int = 0,
+        name: str = TRAIN,
+        bad_samples_path: Path | None = None,
+    ) -> None:
+        self.name = name
+        self.sources = list(sources)
+        self.order = order
+        self.settings = settings
+        self.max_length, self.too_long, self.seed = max_length, too_long, seed
+        self.bad_samples_path = bad_samples_path
+        self.tokenizer, self.image_token = processor.tokenizer, processor.image_token
+        self.pixels = PixelEncoder(processor.image_processor)
+        self.num_image_tokens = num_image_tokens(processor, self.pixels.shape)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """input_ids and labels (lists of int), pixel_values ((3, H, W) float32 or None), sample_id (the index).
+
+        Raises:
+            SampleError: see `sample`.
+        """
+        sample = self.sample(index)
+        return {
+            "input_ids": sample.encoded.input_ids,
+            "labels": sample.encoded.labels,
+            "pixel_values": sample.pixel_values,
+            "sample_id": index,
+        }
+
+    def sample(self, index: int) -> Sample:
+        """The example at `index`, with its record and its picture.
+
+        Raises:
+            SampleError: the record lacks what its task needs, no token would be trained, the example is too long and
+                `too_long` is "error", or too many rows tried in its place are unusable as well.
+            RecordError: the row cannot be read.
+        """
+        number, row, epoch = self.order[index]
+        source = self.sources[number]
+        tried: list[str] = []
+        for attempt, taken in enumerate(self._candidates(number, row, epoch)):
+            rng = np.random.default_rng([self.seed, number, row, epoch, attempt])
+            record = source[taken]
+            try:
+                return Sample(index, source, taken, epoch, record, *self._build(record, source, taken, rng))
+            except _Unusable as problem:
+                self._write_down(index, source, taken, record, problem)
+                where = f"{problem.picture}: " if problem.picture else ""
+                tried.append(f"row {source.manifest_row(taken)}, {where}{problem}")
+        raise SampleError(
+            f"{len(tried)} rows of {source.path} tried one after the other cannot be used, so image_root or "
+            f"data.max_length is likely wrong; they are {'; '.join(tried)}"
+        )
+
+    def _candidates(self, number: int, row: int, epoch: int) -> Iterator[int]:
+        """The row itself, then others of its source in its place, drawn by the seed, none twice."""
+        yield row
+        others = len(self.sources[number]) - 1
+        rng = np.random.default_rng([self.seed, number, row, epoch, MAX_NEIGHBOURS + 1])
+        for other in rng.choice(others, min(others, MAX_NEIGHBOURS), replace=False) if others else ():
+            yield int(other) + (other >= row)
+
+    def _build(
+        self, record: Record, source: Source, row: int, rng: np.random.Generator
+    ) -> tuple[Example, Encoded, np.ndarray | None]:
+        """Conversation, tokens and pixels of one record."""
+        root = source.manifest.image_root
+        try:
+            example = build_example(record, rng, self.settings, lambda name: open_picture(picture_path(root, name)))
+            encoded = encode_conversation(
+                self.tokenizer, example.messages, self.image_token, self.num_image_tokens, record.id
+            )
+        except PictureError as error:
+            raise _Unusable("picture", error.reason, str(error.path)) from error
+        except ValueError as error:
+            raise SampleError(f"{source.place(row)}: {error}") from error
+        if (length := len(encoded.input_ids)) > self.max_length:
+            reason = f"record {record.id!r} has {length} tokens, more than data.max_length = {self.max_length}"
+            if self.too_long == "error":
+                raise SampleError(f"{source.place(row)}: {reason}; raise it, or set data.too_long=drop to leave it out")
+            raise _Unusable("too_long", reason)
+        return example, encoded, None if example.picture is None else self.pixels(example.picture)
+
+    def _write_down(self, index: int, source: Source, row: int, record: Record, problem: _Unusable) -> None:
+        if self.bad_samples_path is None:
+            return
+        entry = {
+            "set": self.name,
+            "index": index,
+            "kind": problem.kind,
+            "path": str(source.path),
+            "row": source.manifest_row(row),
+            "id": record.id,
+            "picture": problem.picture,
+            "reason": str(problem),
+        }
+        # One write to a file opened for appending: lines of all workers and ranks stay whole.
+        handle = os.open(self.bad_samples_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "surrogateescape"))
+        finally:
+            os.close(handle)
+
+
+def num_image_tokens(processor: Any, pixel_shape: tuple[int, int, int]) -> int:
+    """How many placeholders a `LlavaProcessor` writes for one picture: its patches, plus CLS where that is kept."""
+    patches = (pixel_shape[1] // processor.patch_size) * (pixel_shape[2] // processor.patch_size)
+    without_cls = processor.vision_feature_select_strategy == "default"
+    return patches + processor.num_additional_image_tokens - int(without_cls)
+
+
+def build_datasets(
+    cfg: Stage1Config, processor: Any, total: int | None = None, bad_samples_path: Path | None = None
+) -> tuple[Stage1Dataset, dict[str, Stage1Dataset]]:
+    """The training set of a run, and its held-out sets by name.
+
+    Args:
+        cfg: of the run.
+        processor: a `LlavaProcessor`, its image processor with the PIL backend.
+        total: examples in the whole run; None for `run.epochs` times the rows of all sources that are drawn from.
+        bad_samples_path: where rows are written down that had to be replaced, usually `BAD_SAMPLES_FILE` in the run
+            folder; held-out sets write there too, under their own names.
+    Returns:
+        The training set in the order of its `Mixture` (`.order`), and per entry of `data.validation` a set that is the
+        same in all runs: its rows in order, each once.
+    Raises:
+        SampleError, RecordError, MixtureError: a source without rows, or one that cannot be read.
+    """
+    sources = open_sources(cfg.data.sources)
+    lengths, weights = [len(source) for source in sources], [source.weight for source in sources]
+    if total is None:
+        total = math.ceil((cfg.run.epochs or 1.0) * rows_per_epoch(lengths, weights))
+    order = Mixture(lengths, weights, total, cfg.run.seed, [source.name for source in sources])
+    settings = TaskSettings.from_config(cfg.data, TAGS[cfg.model.tag_name])
+
+    def build(name: str, sources: list[Source], order: Any, seed: int) -> Stage1Dataset:
+        limits = cfg.data.max_length, cfg.data.too_long
+        return Stage1Dataset(sources, order, processor, settings, *limits, seed, name, bad_samples_path)
+
+    train = build(TRAIN, sources, order, cfg.run.seed)
+    held_out = open_sources(cfg.data.validation)
+    in_order = [[(0, row, 0) for row in range(len(source))] for source in held_out]
+    return train, {
+        source.name: build(f"validation {source.name}", [source], order, VALIDATION_SEED)
+        for source, order in zip(held_out, in_order, strict=True)
+    }
+
+
+# ---------------------------------------------------------------- what could not be used
+
+
+class BadSampleBudget:
+    """Watches `bad_samples.jsonl` and ends a run that replaces more pictures than it may.
+
+    Args:
+        path: the file; it may not exist yet.
+        max_share: of the examples seen so far. One bad picture is always free: in a short run it says nothing.
+    """
+
+    def __init__(self, path: Path, max_share: float) -> None:
+        self.path, self.max_share = Path(path), max_share
+        self._read = 0  # bytes
+        self._entries: dict[int, dict[str, Any]] = {}  # by index: a resumed run meets and logs its bad rows again
+
+    def check(self, seen: int) -> None:
+        """Raise when too many of the first `seen` examples of the run had an unreadable picture.
+
+        Raises:
+            TooManyBadSamples: names the file, the counts, the first bad picture and the setting.
+        """
+        bad = [entry for entry in self._known(seen) if entry["kind"] == "picture"]
+        if len(bad) <= max(1, self.max_share * seen):
+            return
+        first = bad[0]
+        raise TooManyBadSamples(
+            f"{len(bad)} of the first {seen} examples had a picture that cannot be read, more than data.max_bad_share "
+            f"= {self.max_share:g} allows; {self.path} names them all, the first is {first['picture']} "
+            f"({first['path']} row {first['row']}): {first['reason']}. Mend or remove them, or raise data.max_bad_share"
+        )
+
+    def counts(self, seen: int) -> Counter[str]:
+        """How many of the first `seen` examples were replaced, by kind: "picture", "too_long"."""
+        return Counter(entry["kind"] for entry in self._known(seen))
+
+    def _known(self, seen: int) -> list[dict[str, Any]]:
+        """One entry per replaced example among the first `seen`; workers run ahead and have logged later ones."""
+        if self.path.exists():
+            with open(self.path, "rb") as file:
+                file.seek(self._read)
+                whole_lines, newline, _ = file.read().rpartition(b"\n")
+            self._read += len(whole_lines) + len(newline)
+            for line in whole_lines.splitlines():
+                entry = json.loads(line)
+                if entry["set"] == TRAIN and (entry["kind"] == "picture" or entry["index"] not in self._entries):
+                    self._entries[entry["index"]] = entry
+        return [entry for index, entry in self._entries.items() if index < seen]
+
+
+# ---------------------------------------------------------------- batches
+
+
+class Collator:
+    """Pads examples to one batch; a batch without a picture gets a block that keeps all ranks in step.
+
+    A rank whose batch has no picture would run neither vision tower nor projector, and wait for ever for ranks that
+    do. So the shortest row of such a batch gets the placeholders of one black picture behind its end, with attention 0
+    and no label: they change no loss and no gradient, but every rank runs the same modules.
+
+    Args:
+        pad_id: token behind the end of shorter rows.
+        image_token_id: the picture's placeholder.
+        num_image_tokens: placeholders per picture.
+        picture_shape: (3, H, W) of the pixel values of one picture.
+    """
+
+    def __init__(
+        self, pad_id: int, image_token_id: int, num_image_tokens: int, picture_shape: tuple[int, int, int]
+    ) -> None:
+        self.pad_id, self.image_token_id = pad_id, image_token_id
+        self.num_image_tokens, self.picture_shape = num_image_tokens, tuple(picture_shape)
+
+    @classmethod
+    def of(cls, dataset: Stage1Dataset) -> "Collator":
+        """The collator that fits a dataset's tokenizer and pictures."""
+        tokenizer = dataset.tokenizer
+        if tokenizer.pad_token_id is None:
+            raise ValueError("the tokenizer has no pad token; set tokenizer.pad_token and save it with the model")
+        image_token_id = tokenizer.convert_tokens_to_ids(dataset.image_token)
+        return cls(tokenizer.pad_token_id, image_token_id, dataset.num_image_tokens, dataset.pixels.shape)
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Collate what `Stage1Dataset` gives; `sample_id` stays out, for the model takes no such argument.
+
+        Returns:
+            input_ids, labels, attention_mask: (B, L) int64, padded on the right.
+            pixel_values: (N, 3, H, W) float32, pictures in the order of their placeholders, N at least 1.
+        """
+        rows = [list(example["input_ids"]) for example in examples]
+        labels = [list(example["labels"]) for example in examples]
+        pictures = [example["pixel_values"] for example in examples if example["pixel_values"] is not None]
+        for example, row in zip(examples, rows, strict=True):
+            expected = 0 if example["pixel_values"] is None else self.num_image_tokens
+            assert row.count(self.image_token_id) == expected, (
+                f"sample {example['sample_id']}: placeholders and picture"
+            )
+        lengths = [len(row) for row in rows]
+        if not pictures:
+            rows[lengths.index(min(lengths))] += [self.image_token_id] * self.num_image_tokens
+            pictures = [np.zeros(self.picture_shape, np.float32)]
+        width = max(map(len, rows))
+        return {
+            "input_ids": torch.tensor([_padded(row, width, self.pad_id) for row in rows]),
+            "labels": torch.tensor([_padded(row, width, IGNORE_INDEX) for row in labels]),
+            "attention_mask": torch.tensor([[1] * length + [0] * (width - length) for length in lengths]),
+            "pixel_values": torch.from_numpy(np.stack(pictures)),
+        }
+
+
+def _padded(row: list[int], width: int, value: int) -> list[int]:
+    return row + [value] * (width - len(row))
