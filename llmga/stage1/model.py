@@ -142,8 +142,7 @@ def add_generation_tags(mllm: Mllm, tags: GenerationTags) -> int:
         weights.append(model.get_output_embeddings().weight)
     with torch.no_grad(), _whole(weights):
         for weight in weights:
-            if weight.numel():  # under ZeRO-3 only rank 0 writes, gathering spreads it
-                weight[num_known : len(tokenizer)] = weight[:num_known].float().mean(dim=0).to(weight.dtype)
+            weight[num_known : len(tokenizer)] = weight[:num_known].float().mean(dim=0).to(weight.dtype)
     return added
 
 
@@ -183,17 +182,18 @@ def save_mllm(
     Args:
         mllm: config, generation config, processor and tags come from here; its weights when `state_dict` is None.
         state_dict: the weights, complete.
-        folder: replaced as a whole, and only when everything was written and checked.
+        folder: new or empty; it appears when everything was written and checked, not before.
         provenance: goes to provenance.json; inputs with hashes, config, commit, versions.
         dtype: of the weights on disk; None keeps theirs.
         split_vision: put the vision tower in `vision_tower.safetensors` alone, so that folders tuned from one base
             can share that file by a symlink.
     Raises:
         ModelError: weights are missing, unknown or of another shape, or the folder read back differs.
+        FileExistsError: the folder holds something.
     """
     folder = Path(folder)
-    model = _standard_model(mllm.model, state_dict if state_dict is not None else mllm.model.state_dict(), dtype)
-    with write_folder_atomically(folder) as temporary:
+    with _without_zero3(), write_folder_atomically(folder) as temporary:
+        model = _standard_model(mllm.model, state_dict if state_dict is not None else mllm.model.state_dict(), dtype)
         model.save_pretrained(temporary, max_shard_size=MAX_SHARD_SIZE)
         mllm.processor.save_pretrained(temporary)
         if split_vision:
@@ -256,19 +256,18 @@ def _keep_in_eval_mode(module: nn.Module, args: Any) -> None:
 
 @contextmanager
 def _whole(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Gather parameters that ZeRO-3 has sharded, and spread what rank 0 writes to them."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        yield
-        return
-    import deepspeed  # only where the run already uses it
-
-    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
-        yield
+    """Gather parameters that ZeRO-3 has sharded; what is written to them, the same on all ranks, is kept."""
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    for parameter in sharded:
+        parameter.all_gather()
+    yield
+    for parameter in sharded:
+        parameter.partition(has_been_updated=True)
 
 
 @contextmanager
 def _without_zero3() -> Iterator[None]:
-    """While a ZeRO-3 run is alive, `from_pretrained` shards over all ranks, and hangs where only one rank calls it."""
+    """While a ZeRO-3 run is alive, transformers saves and loads on all ranks together, and hangs where one does it."""
     if not is_deepspeed_zero3_enabled():
         yield
         return
@@ -330,8 +329,7 @@ def _split_vision(folder: Path) -> None:
 
 
 def _check_saved(folder: Path, model: LlavaForConditionalGeneration, mllm: Mllm) -> None:
-    with _without_zero3():
-        reloaded = load_mllm(folder, dtype=model.dtype)
+    reloaded = load_mllm(folder, dtype=model.dtype)
     weights = model.state_dict()
     for name, tensor in reloaded.model.state_dict().items():
         if not torch.equal(tensor, weights[name]):
