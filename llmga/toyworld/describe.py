@@ -9,9 +9,10 @@ from typing import Literal
 
 import numpy as np
 
+from llmga.tokens import clip_positions
 from llmga.toyworld import wording
 from llmga.toyworld.scene import Obj, Scene
-from llmga.toyworld.wording import COUNTS, PLACES, WORDS, fill
+from llmga.toyworld.wording import COUNTS, PLACES, fill, pick, say
 
 Style = Literal["long", "medium", "brief"]
 
@@ -37,9 +38,7 @@ class Caption:
     @cached_property
     def positions(self) -> tuple[int, ...]:
         """CLIP position of the last word piece of each fact; BOS stands at 0, so the first word piece is at 1."""
-        from llmga.tokens import clip_position
-
-        return tuple(clip_position(self.text, fact.end) for fact in self.facts)
+        return tuple(clip_positions(self.text, [(fact.start, fact.end) for fact in self.facts]))
 
 
 def describe(scene: Scene, rng: np.random.Generator, style: Style = "long") -> Caption:
@@ -69,8 +68,8 @@ _Piece = tuple[str, list[Fact]]
 def _long(scene: Scene, rng: np.random.Generator) -> Caption:
     middle = [_object(rng, wording.OBJECTS, scene, obj) for obj in scene.objects]
     middle.append(_ground(rng, wording.GROUNDS, scene))
-    rng.shuffle(middle)  # type: ignore[arg-type]
-    closing: _Piece = (_pick(rng, wording.CLOSINGS), [])
+    rng.shuffle(middle)
+    closing: _Piece = (pick(rng, wording.CLOSINGS), [])
     return _join([_count(rng, wording.OPENINGS, scene), *middle, closing])
 
 
@@ -79,10 +78,10 @@ def _brief(scene: Scene, rng: np.random.Generator) -> Caption:
     words = {
         "count": COUNTS[len(scene.objects)],
         "background": scene.background,
-        "colour": _word(rng, "colour", obj.colour),
-        "shape": _word(rng, "shape", obj.shape),
+        "colour": say(rng, "colour", obj.colour),
+        "shape": say(rng, "shape", obj.shape),
     }
-    text, spans = fill(_pick(rng, wording.BRIEFS), words)
+    text, spans = fill(pick(rng, wording.BRIEFS), words)
     values = {"count": str(len(scene.objects)), "background": scene.background}
     facts = [
         Fact(slot, obj.cell if slot in ("colour", "shape") else None, values.get(slot) or getattr(obj, slot), *span)
@@ -97,24 +96,24 @@ def _medium(scene: Scene, rng: np.random.Generator) -> Caption:
         pieces.append(_ground(rng, wording.GROUND_PHRASES, scene))
     if rng.random() < 0.3:
         pieces.append(_count(rng, wording.COUNT_PHRASES, scene))
-    rng.shuffle(pieces)  # type: ignore[arg-type]
+    rng.shuffle(pieces)
     return _join(pieces)
 
 
 def _object(rng: np.random.Generator, patterns: Sequence[str], scene: Scene, obj: Obj) -> _Piece:
-    words = {kind: _word(rng, kind, value) for kind, value in obj.attributes().items()}
+    words = {kind: say(rng, kind, value) for kind, value in obj.attributes().items()}
     words["place"] = PLACES[scene.geometry.grid][obj.cell]
-    text, spans = fill(_pick(rng, patterns), words)
+    text, spans = fill(pick(rng, patterns), words)
     return text, [Fact(kind, obj.cell, getattr(obj, kind), *span) for kind, span in spans.items() if kind != "place"]
 
 
 def _ground(rng: np.random.Generator, patterns: Sequence[str], scene: Scene) -> _Piece:
-    text, spans = fill(_pick(rng, patterns), {"background": scene.background})
+    text, spans = fill(pick(rng, patterns), {"background": scene.background})
     return text, [Fact("background", None, scene.background, *spans["background"])]
 
 
 def _count(rng: np.random.Generator, patterns: Sequence[str], scene: Scene) -> _Piece:
-    text, spans = fill(_pick(rng, patterns), {"count": COUNTS[len(scene.objects)]})
+    text, spans = fill(pick(rng, patterns), {"count": COUNTS[len(scene.objects)]})
     return text, [Fact("count", None, str(len(scene.objects)), *spans["count"])]
 
 
@@ -125,12 +124,3 @@ def _join(pieces: list[_Piece]) -> Caption:
         facts += [Fact(f.kind, f.cell, f.value, f.start + len(text), f.end + len(text)) for f in piece_facts]
         text += piece[0].upper() + piece[1:]
     return Caption(text + ".", tuple(sorted(facts, key=lambda fact: fact.start)))
-
-
-def _pick(rng: np.random.Generator, patterns: Sequence[str]) -> str:
-    return patterns[rng.integers(len(patterns))]
-
-
-def _word(rng: np.random.Generator, slot: str, value: str) -> str:
-    words = WORDS[slot][value]
-    return words[0] if len(words) == 1 or rng.random() < 0.75 else words[rng.integers(1, len(words))]

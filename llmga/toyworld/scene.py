@@ -41,6 +41,9 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 """The attributes of an object and their values; chance level is one over the number of values."""
 
+Facts = dict[tuple[str, int | None], str]
+"""What is true of a scene: `("background", None)` and `(attribute, cell)` -> value."""
+
 EXCEPTION_SHARE = 0.15
 WORLD_SEED = 20231128
 
@@ -142,9 +145,18 @@ class Scene:
         """The same scene with other objects, kept in cell order."""
         return replace(self, objects=tuple(sorted(objects, key=lambda obj: obj.cell)))
 
-    def facts(self) -> dict[tuple[str, int | None], str]:
-        """Everything that can be right or wrong: `("background", None)` and `(attribute, cell)` -> value."""
-        facts: dict[tuple[str, int | None], str] = {("background", None): self.background}
+    def empty_cells(self) -> list[int]:
+        """Cells without an object."""
+        taken = {obj.cell for obj in self.objects}
+        return [cell for cell in range(self.geometry.grid**2) if cell not in taken]
+
+    def has_held_out(self) -> bool:
+        """True when an object has a combination that only `composition` scenes contain."""
+        return any(is_held_out(obj) for obj in self.objects)
+
+    def facts(self) -> Facts:
+        """Everything that can be right or wrong."""
+        facts: Facts = {("background", None): self.background}
         for obj in self.objects:
             facts.update({(kind, obj.cell): value for kind, value in obj.attributes().items()})
         return facts
@@ -159,6 +171,16 @@ class Scene:
         """Inverse of `to_dict`."""
         objects = tuple(Obj(*values) for values in data["objects"])
         return Scene(data["preset"], data["background"], objects, data.get("theme", ""))
+
+
+def facts_to_list(facts: Facts) -> list[list[Any]]:
+    """JSON-ready `[kind, cell, value]` rows; `facts_from_list` inverts it."""
+    return [[kind, cell, value] for (kind, cell), value in facts.items()]
+
+
+def facts_from_list(rows: list[list[Any]]) -> Facts:
+    """Inverse of `facts_to_list`."""
+    return {(kind, cell): value for kind, cell, value in rows}
 
 
 def is_held_out(obj: Obj) -> bool:
@@ -182,7 +204,7 @@ def sample_scene(seed: int, preset: str = "learnable") -> Scene:
     rng = np.random.default_rng([WORLD_SEED, list(PRESETS).index(preset), seed])
     while True:  # rejection keeps the prior's shape; a dense scene is accepted about every other time
         scene = _draw(rng, preset)
-        if any(is_held_out(obj) for obj in scene.objects) == composition:
+        if scene.has_held_out() == composition:
             return scene
 
 

@@ -7,7 +7,10 @@ wants it. Sentences hold no inner full stop, so a caption splits at full stops.
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
 
 from llmga.toyworld.scene import BACKGROUNDS, COLOURS
 
@@ -65,7 +68,8 @@ OBJECTS = (
     "by the artist",
     "A {texture} {shape} rests in the {place} area, shown in a clean {colour} tone and kept {size} so that the layout "
     "stays balanced",
-    "Placed in the {place} region we find a {size} {texture} {shape} whose {colour} paint stands out against the ground",
+    "Placed in the {place} region we find a {size} {texture} {shape} whose {colour} paint stands out against the "
+    "ground",
     "Towards the {place} area there is a {colour} shape, namely a {size} {shape}, and the inside of it looks {texture} "
     "from edge to edge",
     "Someone has set a {texture} {colour} {shape} into the {place} part, and it appears {size} next to the empty space "
@@ -123,7 +127,18 @@ def fill(pattern: str, words: dict[str, str]) -> tuple[str, dict[str, tuple[int,
     return text + pattern[last:], spans
 
 
-@lru_cache(maxsize=None)
+def pick(rng: np.random.Generator, patterns: Sequence[str]) -> str:
+    """One of the patterns."""
+    return patterns[int(rng.integers(len(patterns)))]
+
+
+def say(rng: np.random.Generator, slot: str, value: str) -> str:
+    """A word for a value: the usual one three times out of four."""
+    words = WORDS[slot][value]
+    return words[0] if len(words) == 1 or rng.random() < 0.75 else words[int(rng.integers(1, len(words)))]
+
+
+@cache
 def reader(pattern: str) -> re.Pattern[str]:
     """A regular expression that matches what `fill` writes for the pattern, with one named group per slot."""
     parts, last = [], 0
@@ -137,7 +152,7 @@ def reader(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(parts) + re.escape(pattern[last:]), re.IGNORECASE)
 
 
-@lru_cache(maxsize=None)
+@cache
 def value_of(slot: str, word: str) -> str:
     """The value that a word says: `value_of("shape", "disc") == "circle"`."""
     return next(value for value, words in WORDS[slot].items() if word.lower() in words)
