@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmga.tokens import (
@@ -37,6 +37,7 @@ PIECES = st.lists(
         [*TAG_LITERALS, "<gen_img", "gen_image>", "<", ">", "</", " ", "\n", "a red circle", "<image>", "é"]
     )
 )
+ANY_SPEED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # busy machines, first imports
 JUNK = PIECES.map("".join) | st.text()
 
 
@@ -77,12 +78,14 @@ def test_replies_are_read_tolerantly_and_judged_strictly(text: str, reply: Reply
     assert parse_reply(text) == reply
 
 
+@ANY_SPEED
 @given(JUNK.filter(str.strip), st.sampled_from([GEN_IMG, GEN_IMAGE]))
 def test_what_was_wrapped_is_parsed_back(text: str, tags: GenerationTags) -> None:
     expected = neutralise(text.strip(), TAG_LITERALS)
     assert parse_reply(wrap_generation_prompt(text, tags)) == Reply("", (expected,), True)
 
 
+@ANY_SPEED
 @given(st.lists(st.text(alphabet="ab ").filter(str.strip), max_size=4), st.text(alphabet="xyz ", max_size=5))
 def test_several_wrapped_prompts_are_parsed_back_in_order(prompts: list[str], between: str) -> None:
     reply = parse_reply(between.join(map(wrap_generation_prompt, prompts)))
@@ -90,6 +93,7 @@ def test_several_wrapped_prompts_are_parsed_back_in_order(prompts: list[str], be
     assert reply.well_formed
 
 
+@ANY_SPEED
 @given(JUNK)
 def test_any_junk_is_parsed_without_a_tag_left_over(text: str) -> None:
     reply = parse_reply(text)
@@ -107,6 +111,7 @@ def test_neutralised_text_is_readable_and_no_longer_interpreted() -> None:
     assert neutralise("Hi ASSISTANT: no", [" ASSISTANT: "]) == "Hi A SSISTANT: no"
 
 
+@ANY_SPEED
 @given(JUNK, st.lists(st.sampled_from(["<image>", "<gen_img>", "image>", "<<", "ab", "a b", "</s>", " x y "])))
 def test_no_control_string_survives_neutralising(text: str, literals: list[str]) -> None:
     clean = neutralise(text, literals)
@@ -178,7 +183,7 @@ def test_lengths_and_positions_equal_the_tokenizers(text: str) -> None:
     assert_counts_match(text)
 
 
-@settings(max_examples=200)
+@settings(ANY_SPEED, max_examples=200)
 @given(
     st.text(alphabet=st.characters(codec="ascii")) | st.text(alphabet="abcdeé'st09.,- <|>A\n", max_size=60) | st.text()
 )
