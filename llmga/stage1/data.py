@@ -343,26 +343,27 @@ class Collator:
             input_ids, labels, attention_mask: (B, L) int64, padded on the right.
             pixel_values: (N, 3, H, W) float32, pictures in the order of their placeholders, N at least 1.
         """
-        rows = [list(example["input_ids"]) for example in examples]
-        labels = [list(example["labels"]) for example in examples]
         pictures = [example["pixel_values"] for example in examples if example["pixel_values"] is not None]
-        for example, row in zip(examples, rows, strict=True):
+        for example in examples:
             expected = 0 if example["pixel_values"] is None else self.num_image_tokens
-            assert row.count(self.image_token_id) == expected, (
-                f"sample {example['sample_id']}: placeholders and picture"
-            )
-        lengths = [len(row) for row in rows]
+            found = example["input_ids"].count(self.image_token_id)
+            assert found == expected, f"sample {example['sample_id']}: {found} picture tokens, expected {expected}"
+        lengths = np.array([len(example["input_ids"]) for example in examples])
+        room = np.zeros_like(lengths)  # for the block of a picture that is not there
         if not pictures:
-            rows[lengths.index(min(lengths))] += [self.image_token_id] * self.num_image_tokens
             pictures = [np.zeros(self.picture_shape, np.float32)]
-        width = max(map(len, rows))
-        return {
-            "input_ids": torch.tensor([_padded(row, width, self.pad_id) for row in rows]),
-            "labels": torch.tensor([_padded(row, width, IGNORE_INDEX) for row in labels]),
-            "attention_mask": torch.tensor([[1] * length + [0] * (width - length) for length in lengths]),
-            "pixel_values": torch.from_numpy(np.stack(pictures)),
+            room[lengths.argmin()] = self.num_image_tokens
+
+        shape = len(examples), int((lengths + room).max())
+        input_ids, labels = np.full(shape, self.pad_id), np.full(shape, IGNORE_INDEX)
+        for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
+            input_ids[row, :length] = example["input_ids"]
+            input_ids[row, length : length + room[row]] = self.image_token_id
+            labels[row, :length] = example["labels"]
+        batch = {
+            "input_ids": input_ids,
+            "labels": labels,
+            "attention_mask": (np.arange(shape[1]) < lengths[:, None]).astype(np.int64),
+            "pixel_values": np.stack(pictures),
         }
-
-
-def _padded(row: list[int], width: int, value: int) -> list[int]:
-    return row + [value] * (width - len(row))
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
