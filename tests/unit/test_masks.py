@@ -39,22 +39,22 @@ MIXTURES = {
 }
 
 
-def draw_coverages(draw: Callable[[np.random.Generator], Mask], count: int = 300) -> np.ndarray:
+def draw_coverages(draw: Callable[[np.random.Generator], Mask], count: int = 200) -> np.ndarray:
     return np.array([draw(np.random.default_rng([11, index])).coverage for index in range(count)])
 
 
-# Measured with the published generators at 512 px; bands hold three standard errors of 300 draws.
+# Measured with the published generators at 512 px; bands hold three standard errors.
 @pytest.mark.parametrize(
-    ("draw", "mean", "band", "quantiles"),
+    ("draw", "count", "mean", "band", "quantiles"),
     [
-        (irregular_mask, 0.182, 0.02, (0.03, 0.357)),
-        (box_mask, 0.088, 0.01, (0.021, 0.172)),
-        (outpainting_mask, 0.628, 0.035, (0.355, 0.927)),
+        (irregular_mask, 200, 0.182, 0.02, (0.03, 0.357)),
+        (box_mask, 400, 0.088, 0.008, (0.021, 0.172)),
+        (outpainting_mask, 800, 0.628, 0.02, (0.355, 0.927)),
     ],
 )
-@pytest.mark.parametrize("size", [64, 256])
-def test_coverage_is_the_published_one_at_any_size(draw, mean, band, quantiles, size) -> None:  # type: ignore[no-untyped-def]
-    coverages = draw_coverages(lambda rng: draw(rng, size, size))
+@pytest.mark.parametrize("size", [64, 128])
+def test_coverage_is_the_published_one_at_any_size(draw, count, mean, band, quantiles, size) -> None:  # type: ignore[no-untyped-def]
+    coverages = draw_coverages(lambda rng: draw(rng, size, size), count)
     assert coverages.mean() == pytest.approx(mean, abs=band)
     np.testing.assert_allclose(np.quantile(coverages, (0.05, 0.95)), quantiles, atol=0.035)
 
@@ -63,8 +63,8 @@ def test_coverage_is_the_published_one_at_any_size(draw, mean, band, quantiles, 
     ("name", "size", "mean", "band"),
     [
         ("narrow", 512, 0.29, 0.03),
-        ("medium", 256, 0.27, 0.03),
-        ("wide", 256, 0.25, 0.03),
+        ("medium", 128, 0.27, 0.03),
+        ("wide", 128, 0.25, 0.03),
         ("narrow", 64, 0.30, 0.03),
         ("wide", 64, 0.27, 0.03),
         ("outpainting_narrow", 128, 0.37, 0.03),
@@ -73,7 +73,7 @@ def test_coverage_is_the_published_one_at_any_size(draw, mean, band, quantiles, 
     ],
 )
 def test_mixtures_cover_what_the_protocol_says(name: str, size: int, mean: float, band: float) -> None:
-    coverages = draw_coverages(lambda rng: random_mask(rng, size, size, MIXTURES[name]), 60 if size == 512 else 300)
+    coverages = draw_coverages(lambda rng: random_mask(rng, size, size, MIXTURES[name]), 50 if size == 512 else 200)
     assert coverages.mean() == pytest.approx(mean, abs=band)
     assert coverages.max() <= MIXTURES[name].max_coverage
 
@@ -86,9 +86,9 @@ def test_mixtures_cover_what_the_protocol_says(name: str, size: int, mean: float
     ],
 )
 def test_kinds_come_in_their_shares(mixture: MaskMixture, shares: dict[str, float]) -> None:
-    kinds = Counter(random_mask(np.random.default_rng([5, index]), 16, 16, mixture).kind for index in range(2000))
+    kinds = Counter(random_mask(np.random.default_rng([5, index]), 16, 16, mixture).kind for index in range(1500))
     for kind, share in shares.items():
-        assert kinds[kind] / 2000 == pytest.approx(share, abs=0.035)  # three standard errors
+        assert kinds[kind] / 1500 == pytest.approx(share, abs=0.035)  # three standard errors
     assert set(kinds) == set(shares)
 
 
