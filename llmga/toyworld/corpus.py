@@ -1,0 +1,133 @@
+"""What the toy corpora are made of: one record per scene, with the truth beside it in `meta`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from llmga.records import Message, Record
+from llmga.toyworld.chat import sample_chat
+from llmga.toyworld.describe import describe
+from llmga.toyworld.edits import sample_edit
+from llmga.toyworld.questions import Question, sample_questions
+from llmga.toyworld.scene import Scene, facts_to_list
+from llmga.toyworld.wording import pick
+
+CORPORA: dict[str, dict[str, float]] = {
+    "base": {"brief": 0.2, "medium": 0.2, "questions": 0.4, "chat": 0.2},
+    "stage1": {
+        "prompt_refinement": 0.2,
+        "similar_image": 0.2,
+        "inpainting": 0.1,
+        "outpainting": 0.1,
+        "editing": 0.2,
+        "questions": 0.15,
+        "chat": 0.05,
+    },
+}
+"""Corpus -> part -> weight: what a base MLLM has seen (no long captions, nothing to draw), and what stage 1 trains."""
+
+MAX_QUESTIONS = 4
+BRIEF_REQUESTS = (
+    "Describe the picture briefly.",
+    "Give a short caption.",
+    "Say in a few words what the picture shows.",
+    "What is this, in one short sentence?",
+    "Summarise the picture.",
+    "A brief caption, please.",
+    "Caption this picture in one line.",
+    "Tell me shortly what you see.",
+)
+MEDIUM_REQUESTS = (
+    "List the shapes.",
+    "Name what you see and where it is.",
+    "Which shapes are where?",
+    "Go through the shapes one by one.",
+    "List what is in the picture, in note form.",
+    "What is where in this picture? Keep it short.",
+    "Note down the shapes and their places.",
+    "Give me a list of the things in the picture.",
+)
+
+
+def draw_record(part: str, id: str, split: str, image: str, scene: Scene, rng: np.random.Generator) -> Record:
+    """Draw one record.
+
+    Args:
+        part: a key of `PARTS`.
+        image: where the scene's picture is, or will be; records without a picture leave it out.
+        scene: what the record is about; small talk is about none.
+        rng: draws everything else.
+    Returns:
+        a record whose `meta` holds `part`, and what scores need: `scene`, `edit`, `short_facts` (facts of the short
+        caption as `[kind, cell, value]`), `questions` (the kind of each).
+    """
+    task, draw = PARTS[part]
+    fields, meta = draw(scene, rng)
+    if task not in TEXT_ONLY:
+        fields["image"] = image
+    if task != "qa":
+        meta["scene"] = scene.to_dict()
+    return Record(id, task, **fields, source="toyworld", licence="Apache-2.0", split=split, meta={"part": part, **meta})
+
+
+_Drawn = tuple[dict[str, Any], dict[str, Any]]
+
+
+def _brief(scene: Scene, rng: np.random.Generator) -> _Drawn:
+    return {"messages": _turns([(pick(rng, BRIEF_REQUESTS), describe(scene, rng, "brief").text)])}, {}
+
+
+def _medium(scene: Scene, rng: np.random.Generator) -> _Drawn:
+    return {"messages": _turns([(pick(rng, MEDIUM_REQUESTS), describe(scene, rng, "medium").text)])}, {}
+
+
+def _questions(scene: Scene, rng: np.random.Generator) -> _Drawn:
+    return _conversation(sample_questions(scene, rng, int(rng.integers(1, MAX_QUESTIONS + 1))))
+
+
+def _chat(scene: Scene, rng: np.random.Generator) -> _Drawn:
+    return _conversation([sample_chat(rng) for _ in range(rng.integers(1, 3))])
+
+
+def _refinement(scene: Scene, rng: np.random.Generator) -> _Drawn:
+    short = describe(scene, rng, "brief")
+    meta = {"short_facts": facts_to_list({(fact.kind, fact.cell): fact.value for fact in short.facts})}
+    return {"short_caption": short.text, "caption": describe(scene, rng).text}, meta
+
+
+def _captioned(scene: Scene, rng: np.random.Generator) -> _Drawn:
+    return {"caption": describe(scene, rng).text}, {}
+
+
+def _editing(scene: Scene, rng: np.random.Generator) -> _Drawn:
+    edit = sample_edit(scene, rng)
+    captions = {"caption": describe(scene, rng).text, "target_caption": describe(edit.target, rng).text}
+    return {**captions, "instruction": edit.instruction}, {"edit": edit.to_dict()}
+
+
+def _conversation(questions: list[Question]) -> _Drawn:
+    turns = _turns([(question.question, question.answer) for question in questions])
+    return {"messages": turns}, {"questions": [question.kind for question in questions]}
+
+
+def _turns(pairs: Sequence[tuple[str, str]]) -> tuple[Message, ...]:
+    roles = ("user", "assistant")
+    return tuple(Message(role=role, content=text) for pair in pairs for role, text in zip(roles, pair, strict=True))
+
+
+PARTS: dict[str, tuple[str, Callable[[Scene, np.random.Generator], _Drawn]]] = {
+    "brief": ("vqa", _brief),
+    "medium": ("vqa", _medium),
+    "questions": ("vqa", _questions),
+    "chat": ("qa", _chat),
+    "prompt_refinement": ("prompt_refinement", _refinement),
+    "similar_image": ("similar_image", _captioned),
+    "inpainting": ("inpainting", _captioned),
+    "outpainting": ("outpainting", _captioned),
+    "editing": ("editing", _editing),
+}
+"""Part of a corpus -> the task of its records, and what draws their fields and `meta`."""
+TEXT_ONLY = ("qa", "prompt_refinement")
