@@ -113,7 +113,7 @@ def load_mllm(
         found = "; ".join(f"{len(names)} {kind}, first {names[0]}" for kind, names in left_over.items())
         raise ModelError(f"{path}: the weights do not fit config.json ({found}); convert or download the folder again")
     stored = getattr(config, "generation_tags", None)
-    mllm = Mllm(model, _load_processor(path), tags or TAGS.get(stored or "", GEN_IMG))
+    mllm = Mllm(model, load_processor(path), tags or TAGS.get(stored or "", GEN_IMG))
     _check_placeholder(mllm, path)
     return mllm
 
@@ -131,8 +131,7 @@ def add_generation_tags(mllm: Mllm, tags: GenerationTags) -> int:
     mllm.write_tags(tags)
     tokenizer, model = mllm.tokenizer, mllm.model
     num_known = len(tokenizer)
-    literals = [AddedToken(literal, special=False, normalized=False) for literal in (tags.open, tags.close)]
-    added = tokenizer.add_tokens([token for token in literals if token.content not in tokenizer.get_added_vocab()])
+    added = _add_tag_tokens(tokenizer, tags)
     if not added:
         return 0
     if len(tokenizer) > model.config.text_config.vocab_size:
@@ -226,13 +225,27 @@ def _read_config(path: Path) -> LlavaConfig:
     return AutoConfig.from_pretrained(path)
 
 
-def _load_processor(path: Path) -> LlavaProcessor:
-    """Load the processor with the PIL image backend, which the published models were trained with."""
+def load_processor(path: str | Path, added_tags: GenerationTags | None = None) -> LlavaProcessor:
+    """Load tokenizer and image processor of a model folder, without the model.
+
+    The image processor has the PIL backend, which the published models were trained with.
+
+    Args:
+        added_tags: made tokens of their own, as `add_generation_tags` does; None leaves the tokenizer as it is.
+    """
     processor = AutoProcessor.from_pretrained(path)
     # A saved processor names the class without its backend and comes back as the torchvision one, up to 2/255 off.
     # `backend` is not given to AutoProcessor: it would also be stored as the *tokenizer's* backend.
     processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+    if added_tags is not None:
+        _add_tag_tokens(processor.tokenizer, added_tags)
     return processor
+
+
+def _add_tag_tokens(tokenizer: Any, tags: GenerationTags) -> int:
+    """Make tags tokens that are not special; returns how many the tokenizer did not know."""
+    literals = [AddedToken(literal, special=False, normalized=False) for literal in (tags.open, tags.close)]
+    return tokenizer.add_tokens([token for token in literals if token.content not in tokenizer.get_added_vocab()])
 
 
 def _check_placeholder(mllm: Mllm, path: Path) -> None:
