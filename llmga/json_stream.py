@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
 
 from llmga.files import HEAD_BYTES, no_such_file, what_it_is
+from llmga.strict_json import DECODER
 
 _READ_BYTES = 1 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -108,7 +109,7 @@ class _Reader:
         wanted = self.read_bytes
         while True:
             try:
-                value, end = _DECODER.raw_decode(self.text, self.at)
+                value, end = DECODER.raw_decode(self.text, self.at)
             except json.JSONDecodeError as problem:
                 left = len(self.text[problem.pos :].strip())
                 unfinished = problem.msg.startswith("Unterminated") or left < _NEAR_END
@@ -157,10 +158,3 @@ class _Reader:
     def fail(self, reason: str) -> NoReturn:
         """Raise an error at the row that is being read."""
         raise StreamError(f"{self.path}[{self.index}] (byte {self.offset(self.at)}): {reason}") from None
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number; write null or leave the value out")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)

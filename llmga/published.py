@@ -8,7 +8,7 @@ neither happens here: the picture is put in when the example is loaded, and only
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,7 +17,15 @@ from typing import Any
 from llmga.files import built_from, cache_folder, no_such_file, path_key, written_aside
 from llmga.json_stream import stream_rows
 from llmga.published_rows import FORMATS, SkipRow, guess_formats
-from llmga.records import Manifest, Record, open_manifest, record_from_row, write_manifest
+from llmga.records import (
+    Manifest,
+    Record,
+    check_image_root,
+    check_unchanged,
+    open_manifest,
+    record_from_row,
+    write_manifest,
+)
 
 log = logging.getLogger(__name__)
 
@@ -159,6 +167,7 @@ def manifest_of(
         return open_manifest(path, image_root)
     if not path.is_file():
         raise PublishedError(no_such_file(path))
+    check_image_root(path, image_root)
     stat = path.stat()
     name = f"{format}-{path.stem}-{path_key(path, stat.st_size, stat.st_mtime_ns, format, _VERSION)}"
     folder = cache_folder("manifests") if cache_dir is None else Path(cache_dir)
@@ -171,7 +180,34 @@ def manifest_of(
     report = Report.load(report_path)
     if report.bad:
         log.warning("%s (each named in %s)", report.summary(), report_path)
-    return open_manifest(manifest_path, path.parent if image_root is None else image_root)
+    return PublishedManifest(path, manifest_path, path.parent if image_root is None else Path(image_root))
+
+
+class PublishedManifest(Manifest):
+    """A manifest made from a published file, which names rows by their place in that file.
+
+    Attributes:
+        origin: the published file.
+    """
+
+    __slots__ = ("origin",)
+
+    def __init__(self, origin: Path, path: Path, image_root: Path) -> None:
+        super().__init__(path, image_root, path)
+        self.origin = origin
+
+    def where(self, index: int) -> str:
+        """The place of a row for messages: `FILE[ROW]` of the published file."""
+        return f"{self.origin}[{int(self[index].id.rsplit('-', 1)[1])}]"
+
+    def __reduce__(self) -> tuple[Callable[..., Manifest], tuple[Any, ...]]:
+        return _reopen, (self.origin, self.path, self.image_root, self.state)
+
+
+def _reopen(origin: Path, path: Path, image_root: Path, state: tuple[int, int]) -> PublishedManifest:
+    """Unpickle a manifest: the same file, in the same state."""
+    check_unchanged(path, state)
+    return PublishedManifest(origin, path, image_root)
 
 
 def _wrong_format(report: Report, first: object) -> PublishedError:

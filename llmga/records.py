@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypedDict, overload
 from llmga import parquet_rows
 from llmga.files import HEAD_BYTES, built_from, cache_folder, no_such_file, path_key, what_it_is, written_aside
 from llmga.row_index import file_state, line_number, row_offsets
+from llmga.strict_json import decode_line, encode_line
 from llmga.tokens import TAG_LITERALS
 
 TASKS = ("prompt_refinement", "similar_image", "inpainting", "outpainting", "editing", "vqa", "qa")
@@ -237,14 +238,15 @@ class Manifest(Sequence[Record]):
     Attributes:
         path: the file that was opened.
         image_root: the folder that `image` and `mask` of its records count from.
+        state: size and modification time of the file when it was opened.
     """
 
-    __slots__ = ("_file", "_handle", "_length", "_offsets", "_rows_state", "_state", "image_root", "path")
+    __slots__ = ("_file", "_handle", "_length", "_offsets", "_rows_state", "image_root", "path", "state")
 
     def __init__(self, path: Path, image_root: Path, rows_path: Path) -> None:
         self.path = path
         self.image_root = image_root
-        self._state = _state_of(path)
+        self.state = _state_of(path)
         self._file = open(rows_path, "rb", buffering=0)  # noqa: SIM115 (stays open as long as the manifest)
         self._handle = self._file.fileno()
         self._rows_state = file_state(self._handle)
@@ -272,15 +274,18 @@ class Manifest(Sequence[Record]):
         start, end = self._offsets[row], self._offsets[row + 1]
         line = os.pread(self._handle, end - start, start)
         try:
-            return record_from_row(decode_row(line))
+            return record_from_row(decode_line(line))
         except (ValueError, RecursionError) as problem:
             self._explain(row, start, end, line, problem)
 
     def __reduce__(self) -> tuple[Callable[..., "Manifest"], tuple[Path, Path, tuple[int, int]]]:
-        return _reopen, (self.path, self.image_root, self._state)
+        return _reopen, (self.path, self.image_root, self.state)
 
     def where(self, index: int) -> str:
         """The place of a row for messages: `FILE:LINE`, or `FILE[ROW]` of a Parquet file."""
+        return self._place(index)
+
+    def _place(self, index: int) -> str:
         if self.path.suffix == ".parquet":
             return f"{self.path}[{index}]"
         return f"{self.path}:{line_number(self._handle, self._offsets[index])}"
@@ -289,7 +294,7 @@ class Manifest(Sequence[Record]):
         """Raise the error of one row with its place in the file."""
         if len(line) != end - start or file_state(self._handle) != self._rows_state:
             raise RecordError(f"{self.path} changed after it was opened; open it again") from None
-        place = self.where(row)
+        place = self._place(row)
         if isinstance(problem, json.JSONDecodeError):
             near = problem.doc[max(0, problem.pos - 20) : problem.pos + 20].strip()
             raise RecordError(
@@ -318,8 +323,7 @@ def open_manifest(path: Path, image_root: Path | None = None) -> Manifest:
         RecordError: the file or folder does not exist, or the file is something else than a manifest.
     """
     path = Path(path)
-    if image_root is not None and not Path(image_root).is_dir():
-        raise RecordError(f"image_root {image_root} is not a folder; it is where the pictures of {path} count from")
+    check_image_root(path, image_root)
     root = path.parent if image_root is None else Path(image_root)
     try:
         with open(path, "rb") as file:
@@ -345,32 +349,22 @@ def open_manifest(path: Path, image_root: Path | None = None) -> Manifest:
     return Manifest(path, root, path)
 
 
-def decode_row(line: bytes) -> object:
-    """The JSON value of one line of UTF-8.
-
-    Raises:
-        ValueError: it is not valid JSON or UTF-8, or holds NaN, Infinity or half a surrogate pair.
-    """
-    row = _DECODER.decode(line.decode().rstrip())
-    if _SURROGATE.search(line):
-        _encode_row(row)
-    return row
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise RecordError(f"{name} is not a JSON number; write null or leave the value out")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+def check_image_root(path: Path, image_root: Path | None) -> None:
+    """Raise a RecordError when a picture folder is given that does not exist."""
+    if image_root is not None and not Path(image_root).is_dir():
+        raise RecordError(f"image_root {image_root} is not a folder; it is where the pictures of {path} count from")
 
 
 def _reopen(path: Path, image_root: Path, state: tuple[int, int]) -> Manifest:
     """Unpickle a manifest: the same file, in the same state."""
+    check_unchanged(path, state)
+    return open_manifest(path, image_root)
+
+
+def check_unchanged(path: Path, state: tuple[int, int]) -> None:
+    """Raise a RecordError unless a file still has this size and modification time."""
     if not path.is_file() or _state_of(path) != state:
         raise RecordError(f"{path} changed after it was opened; start again so that all processes read the same rows")
-    return open_manifest(path, image_root)
 
 
 def _state_of(path: Path) -> tuple[int, int]:
@@ -387,8 +381,8 @@ def _unpacked(path: Path) -> Path:
         with written_aside(home) as aside, open(aside, "wb") as file:
             for index, row in enumerate(parquet_rows.read(path, FIELDS)):
                 try:
-                    file.write(_encode_row(row_of(record_from_row(row))))
-                except RecordError as problem:
+                    file.write(encode_line(row_of(record_from_row(row))))
+                except ValueError as problem:
                     raise RecordError(f"{path}[{index}]: {problem}") from None
 
     try:
@@ -431,21 +425,6 @@ def _checked_rows(path: Path, records: Iterable[Record]) -> Iterator[tuple[dict[
         row = row_of(record)
         try:
             record_from_row(row)
-            yield row, _encode_row(row)
-        except RecordError as problem:
+            yield row, encode_line(row)
+        except ValueError as problem:
             raise RecordError(f"record {index} (id {record.id!r}) for {path}: {problem}") from None
-
-
-def _encode_row(row: object) -> bytes:
-    """One line of UTF-8 that holds a row.
-
-    Raises:
-        RecordError: a value is not JSON, or a text is not Unicode.
-    """
-    try:
-        return _ENCODER.encode(row).encode() + b"\n"
-    except UnicodeEncodeError as problem:
-        half = problem.object[problem.start]
-        raise RecordError(f"a text holds {half!r}, half of a surrogate pair, which is not a character") from None
-    except (TypeError, ValueError, RecursionError) as problem:
-        raise RecordError(f"a value is not JSON: {problem}") from None

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -303,6 +304,15 @@ def test_a_converted_set_is_kept_until_its_file_changes(tmp_path: Path, caplog: 
     path.write_text('[{"image": "a.jpg", "caption": "a kite"}]')
     assert len(manifest_of(path, "llmga_sg", tmp_path / "converted")) == 1
     assert first[0].caption == "x"  # whoever reads the old one still does
+
+
+def test_rows_of_a_converted_set_are_named_by_their_published_place(tmp_path: Path) -> None:
+    manifest = manifest_of(BAD / "SG/train.json", "llmga_sg", tmp_path)
+    for again in (manifest, pickle.loads(pickle.dumps(manifest))):
+        assert [again.where(index) for index in (0, 4, 7)] == [f"{BAD}/SG/train.json[{row}]" for row in (0, 5, 8)]
+        assert list(again) == list(manifest)
+    with pytest.raises(RecordError, match=r"image_root .*nowhere is not a folder"):
+        manifest_of(BAD / "SG/train.json", "llmga_sg", tmp_path, tmp_path / "nowhere")
 
 
 def test_a_manifest_is_opened_as_it_is(tmp_path: Path) -> None:
