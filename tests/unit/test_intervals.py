@@ -1,0 +1,119 @@
+"""Intervals must cover as often as they claim, on known distributions; Wilson must equal its closed form."""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import pytest
+
+from llmga.metrics.intervals import Interval, bootstrap_difference, bootstrap_mean, bootstrap_ratio, wilson
+
+quick = {"draws": 300}
+
+
+def coverage(truth: float, measure: Callable[[np.random.Generator], Interval], experiments: int = 1000) -> float:
+    """Share of repeated experiments whose interval contains the truth."""
+    intervals = [measure(np.random.default_rng([7, number])) for number in range(experiments)]
+    return float(np.mean([interval.low <= truth <= interval.high for interval in intervals]))
+
+
+def test_mean_covers_as_claimed_at_50_units() -> None:
+    assert 0.93 <= coverage(0.5, lambda rng: bootstrap_mean(rng.random(50), **quick)) <= 0.96
+    assert 0.88 <= coverage(0.5, lambda rng: bootstrap_mean(rng.random(50), level=0.9, **quick)) <= 0.92
+
+
+def test_difference_covers_as_claimed_and_gains_from_pairing() -> None:
+    def paired(rng: np.random.Generator) -> Interval:
+        difficulty = rng.normal(0, 1, 50)  # common to both systems, cancels in the difference
+        first, second = difficulty + rng.normal(0.1, 0.2, 50), difficulty + rng.normal(0, 0.2, 50)
+        return bootstrap_difference(first, second, **quick)
+
+    assert 0.93 <= coverage(0.1, paired) <= 0.96
+    found = paired(np.random.default_rng(0))
+    assert found.high - found.low == pytest.approx(2 * 1.96 * 0.2 * np.sqrt(2 / 50), rel=0.25)
+
+
+def clustered_answers(rng: np.random.Generator, by_scene: bool) -> Interval:
+    """60 scenes of 4 questions; scenes are easy or hard, so answers within one hang together. True rate 0.5."""
+    rates = rng.choice([0.1, 0.9], 60).repeat(4)
+    right = (rng.random(240) < rates).astype(float)
+    scenes = np.arange(60).repeat(4)
+    return bootstrap_ratio(
+        right, np.ones(240), clusters=[f"scene {scene}" for scene in scenes] if by_scene else None, **quick
+    )
+
+
+def test_questions_about_one_scene_are_not_independent() -> None:
+    assert 0.93 <= coverage(0.5, partial(clustered_answers, by_scene=True), 500) <= 0.965
+    assert coverage(0.5, partial(clustered_answers, by_scene=False), 200) < 0.85  # what clustering is for
+
+
+def test_ratio_weighs_by_totals_and_leaves_out_units_without_any() -> None:
+    found = bootstrap_ratio([1, 8, 0], [1, 10, 0])
+    assert found.value == pytest.approx(9 / 11)
+    assert found.n == 2
+    assert (found.low, found.high) == (pytest.approx(0.8), pytest.approx(1.0))
+
+
+def test_clusters_are_one_unit_each() -> None:
+    by_scene = bootstrap_ratio([1, 0, 3, 2], [1, 1, 4, 4], clusters=["a", "a", "b", "b"])
+    assert by_scene == bootstrap_ratio([1, 5], [2, 8], clusters=["a", "b"])
+    assert (by_scene.value, by_scene.n) == (0.6, 2)
+    assert bootstrap_mean([1, 3, 5], clusters=[0, 0, 1]).value == 3.0
+
+
+def test_a_rate_of_one_or_zero_keeps_a_width() -> None:
+    z2 = 1.959963984540054**2
+    all_right = bootstrap_ratio(np.full(200, 3), np.full(200, 3))
+    assert (all_right.value, all_right.high, all_right.n) == (1.0, 1.0, 200)
+    assert all_right.low == pytest.approx(200 / (200 + z2))
+    none_right = bootstrap_ratio(np.zeros(100), np.ones(100), clusters=np.arange(50).repeat(2).tolist())
+    assert (none_right.value, none_right.low, none_right.n) == (0.0, 0.0, 50)
+    assert none_right.high == pytest.approx(z2 / (50 + z2))
+    assert "Wilson" in none_right.method
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [(10, 20, 0.29930, 0.70070), (1, 10, 0.01788, 0.40415), (95, 100, 0.88825, 0.97846), (0, 10, 0.0, 0.27753)],
+)
+def test_wilson_equals_published_values(successes: int, n: int, low: float, high: float) -> None:
+    found, mirrored = wilson(successes, n), wilson(n - successes, n)
+    assert (found.low, found.high) == (pytest.approx(low, abs=1e-5), pytest.approx(high, abs=1e-5))
+    assert (1 - mirrored.high, 1 - mirrored.low) == (pytest.approx(low, abs=1e-5), pytest.approx(high, abs=1e-5))
+    # Its ends solve |rate - p| = z * sqrt(p * (1 - p) / n), which defines it.
+    for p in {found.low, found.high} - {0.0, 1.0}:
+        assert abs(successes / n - p) == pytest.approx(1.959963984540054 * np.sqrt(p * (1 - p) / n))
+
+
+def test_same_seed_same_interval_whatever_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(1).random(80)
+    first = bootstrap_mean(values, seed=3)
+    assert first == bootstrap_mean(values, seed=3)
+    assert first != bootstrap_mean(values, seed=4)
+    monkeypatch.setattr("llmga.metrics.intervals._CHUNK_NUMBERS", 1000)
+    assert first == bootstrap_mean(values, seed=3)
+
+
+def test_a_single_unit_has_no_interval_and_says_so() -> None:
+    assert bootstrap_mean([0.3]) == Interval(0.3, 0.3, 0.3, 1, "none: a single unit has no spread")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: bootstrap_mean([]), "nothing to average"),
+        (lambda: bootstrap_ratio([0, 0], [0, 0]), "nothing to average"),
+        (lambda: bootstrap_mean([0.1, float("nan")]), r"values\[1\] is not finite"),
+        (lambda: bootstrap_mean([[0.1]]), r"values has shape \(1, 1\)"),
+        (lambda: bootstrap_difference([1], [1, 2]), "a has 1 values, b has 2"),
+        (lambda: bootstrap_ratio([1], [1, 2]), "1 successes for 2 totals"),
+        (lambda: bootstrap_ratio([1, 1], [1, -1]), "a total is -1"),
+        (lambda: bootstrap_mean([1, 2], clusters=["a"]), "1 clusters for 2 values"),
+        (lambda: bootstrap_mean([1, 2], level=95), "level is 95"),
+        (lambda: wilson(3, 2), "3 successes out of 2"),
+    ],
+)
+def test_bad_input_is_named(call: Callable[[], Interval], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
