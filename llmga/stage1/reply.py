@@ -1,0 +1,302 @@
+"""Prompts in, replies out, many at a time; a reply does not depend on what else is in its batch.
+
+The loop is our own rather than transformers' `generate` for two reasons that count in an evaluation of thousands of
+replies: rows that have finished leave the batch, and the key-value cache grows in place. On one CPU core, 64 prompts,
+a 4-layer LLM 256 wide: 1.9 times the tokens per second of `generate` with replies of 90 to 150 tokens, 2.9 times when
+half of the replies are one word (tests/unit/test_reply.py shows that the tokens are the same).
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from llmga.images import PictureMode, fit_picture
+from llmga.stage1.conversation import ConversationError, Turn, encode_conversation, encode_prompt
+from llmga.stage1.model import Mllm
+from llmga.stage1.pixels import PixelEncoder
+
+_CACHE_STEP_TOKENS = 128  # how far the cache grows at a time
+_COMPACT_SHARE = 0.75  # finished rows leave when at most this share of the batch is still writing
+
+
+class PromptError(ValueError):
+    """A prompt or a setting that no reply can be made from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation that ends with a question.
+
+    Attributes:
+        turns: user and assistant in turn, the last one by the user.
+        picture: what the one turn with `has_picture` shows, RGB.
+    """
+
+    turns: Sequence[Turn]
+    picture: Image.Image | None = None
+
+
+def generate_replies(
+    mllm: Mllm,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int = 512,
+    batch_size: int = 32,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    progress: bool = False,
+    picture_size: int | None = None,
+    picture_mode: PictureMode = "squash",
+) -> list[str]:
+    """Answer prompts, those with a picture and those without in the same batches.
+
+    Works in the middle of training: the model's mode is restored and no global generator is touched. Under ZeRO-3 all
+    ranks call it with the same prompts and get rank 0's replies.
+
+    Args:
+        max_new_tokens: a reply that is not finished by then is cut.
+        temperature: 0 takes the likeliest token, greedily; above, tokens are drawn from logits / temperature.
+        top_p: draw among the likeliest tokens that together reach this probability.
+        seed: prompt i draws from a generator made of (seed, i).
+        progress: show a bar.
+        picture_size: bring pictures to a square of this side first, as training does. None: pictures are already as
+            `build_example` makes them; one that is not square is squashed to its longer side.
+        picture_mode: how, see `fit_picture`.
+    Returns:
+        One text per prompt, in order, stripped, generation tags kept and other special tokens left out.
+    Raises:
+        PromptError: picture and turns do not agree, a setting is out of range, or nothing would stop a reply.
+        ConversationError: a conversation that does not end with a question.
+    """
+    _check_settings(max_new_tokens, batch_size, temperature, top_p)
+    pixels = PixelEncoder(mllm.processor.image_processor)
+    image_token, num_image_tokens = mllm.processor.image_token, mllm.num_image_tokens
+    encoded = []
+    for position, prompt in enumerate(prompts):
+        _check_picture(prompt, position)
+        encoded.append(encode_prompt(mllm.tokenizer, prompt.turns, image_token, num_image_tokens))
+    stop = stop_ids(mllm)
+
+    order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]), reverse=True)
+    replies = [""] * len(prompts)
+    was_training = mllm.model.training
+    mllm.model.eval()
+    try:
+        with torch.no_grad(), tqdm(total=len(prompts), disable=not progress, unit="reply") as bar:
+            for start in range(0, len(order), batch_size):
+                batch = order[start : start + batch_size]
+                pictures = [_shaped(prompts[index].picture, picture_size, picture_mode) for index in batch]
+                choose = _likeliest
+                if temperature > 0:
+                    chance = np.stack([np.random.default_rng([seed, index]).random(max_new_tokens) for index in batch])
+                    choose = partial(_drawn, torch.from_numpy(chance), temperature, top_p)
+                written = _write(
+                    mllm,
+                    [encoded[index] for index in batch],
+                    [pixels(picture) for picture in pictures if picture is not None],
+                    choose,
+                    max_new_tokens,
+                    stop,
+                )
+                for index, ids in zip(batch, written, strict=True):
+                    replies[index] = _text(mllm, ids)
+                bar.update(len(batch))
+    finally:
+        mllm.model.train(was_training)
+    return replies
+
+
+def stop_ids(mllm: Mllm) -> list[int]:
+    """Ids that end a reply: what the chat template lets an answer end with, and the end tokens of the folder.
+
+    Raises:
+        PromptError: there are none, so every reply would run to `max_new_tokens`.
+    """
+    tokenizer, configured = mllm.tokenizer, mllm.model.generation_config.eos_token_id
+    found = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
+    with suppress(ConversationError):  # a template that marks no answers: only its folder can say what ends one
+        probe = [Turn("user", "a"), Turn("assistant", "b")]
+        labels = encode_conversation(tokenizer, probe, mllm.processor.image_token, mllm.num_image_tokens).labels
+        found |= set(labels) & set(tokenizer.added_tokens_decoder)
+    if not found:
+        raise PromptError("neither the chat template nor the tokenizer names a token that ends a reply; set eos_token")
+    return sorted(int(token) for token in found)
+
+
+# ---------------------------------------------------------------- the loop
+
+Choose = Callable[[Tensor, Tensor, int], Tensor]
+"""(logits (B, V), rows of the batch they belong to (B,), step) -> ids (B,)"""
+
+
+def _write(
+    mllm: Mllm,
+    prompts: Sequence[list[int]],
+    pixel_values: Sequence[np.ndarray],
+    choose: Choose,
+    max_new_tokens: int,
+    stop: Sequence[int],
+) -> list[list[int]]:
+    """Write one batch of replies as ids, without their terminators.
+
+    Args:
+        prompts: ids of each prompt; padded on the left here.
+        pixel_values: of the prompts that have a picture, in their order.
+    """
+    model, device = mllm.model, mllm.model.device
+    width = max(map(len, prompts))
+    input_ids = torch.tensor([[mllm.tokenizer.pad_token_id or 0] * (width - len(ids)) + ids for ids in prompts])
+    seen = [[0] * (width - len(ids)) + [1] * (len(ids) + max_new_tokens) for ids in prompts]
+    input_ids, attention_mask = input_ids.to(device), torch.tensor(seen, device=device)
+    position_ids = (attention_mask[:, :width].cumsum(dim=1) - 1).clamp(min=0)
+    pictures = torch.from_numpy(np.stack(pixel_values)).to(device, model.dtype) if len(pixel_values) else None
+    never, ends = _never_written(mllm).to(device), torch.tensor(stop, device=device)
+    cache = _growing_cache(model)
+    rows = torch.arange(len(prompts), device=device)
+    writing = torch.ones_like(rows, dtype=torch.bool)
+    replies: list[list[int]] = [[] for _ in prompts]
+    for step in range(max_new_tokens):
+        logits = model(
+            input_ids=input_ids,
+            attention_mask=attention_mask[:, : width + step],
+            position_ids=position_ids,
+            pixel_values=pictures if step == 0 else None,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        logits[:, never] = -torch.inf
+        next_ids = choose(logits, rows, step)
+        if is_deepspeed_zero3_enabled():  # each rank holds a part of the model: all must run the same steps
+            dist.broadcast(next_ids, src=0)
+        writing &= ~torch.isin(next_ids, ends)
+        for row, token, continues in zip(rows.tolist(), next_ids.tolist(), writing.tolist(), strict=True):
+            if continues:
+                replies[row].append(token)
+        left = int(writing.sum())
+        if not left:
+            break
+        position_ids = position_ids[:, -1:] + 1
+        if left <= _COMPACT_SHARE * len(rows):
+            keep = writing.nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            rows, writing, next_ids = rows[keep], writing[keep], next_ids[keep]
+            attention_mask, position_ids = attention_mask[keep], position_ids[keep]
+        input_ids = next_ids[:, None]
+    return replies
+
+
+class _GrowingLayer(DynamicLayer):
+    """A cache layer that writes into room set aside, where the library's own copies everything for each token."""
+
+    keys: Tensor
+    values: Tensor
+    _room: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values, both (B, heads, L, width), and return all of them as views."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if self._room is None or end > self._room[0].shape[-2]:
+            larger = _room_for(key_states, end), _room_for(value_states, end)
+            if start:
+                larger[0][:, :, :start], larger[1][:, :, :start] = self.keys, self.values
+            self._room = larger
+        keys, values = self._room
+        keys[:, :, start:end], values[:, :, start:end] = key_states, value_states
+        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
+        if self._room is not None:
+            end = self.get_seq_length()
+            keys, values = self._room[0][indices], self._room[1][indices]
+            self._room = keys, values
+            self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+
+
+def _room_for(states: Tensor, length: int) -> Tensor:
+    return states.new_empty(*states.shape[:2], length + _CACHE_STEP_TOKENS, states.shape[-1])
+
+
+def _growing_cache(model: torch.nn.Module) -> DynamicCache:
+    """The cache that the model's config asks for; layers with a window or a state of their own stay as they are."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+# ---------------------------------------------------------------- the next token
+
+
+def _likeliest(logits: Tensor, rows: Tensor, step: int) -> Tensor:
+    return logits.argmax(dim=-1)
+
+
+def _drawn(chance: Tensor, temperature: float, top_p: float, logits: Tensor, rows: Tensor, step: int) -> Tensor:
+    """Draw each row's token with its own number in [0, 1) of this step, so that neighbours make no difference."""
+    probabilities, ids = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    reached = probabilities.cumsum(dim=-1)
+    last = (reached - probabilities < top_p).sum(dim=-1, keepdim=True) - 1
+    target = chance[rows.cpu(), step].to(reached)[:, None] * reached.gather(1, last)
+    position = torch.searchsorted(reached, target, right=True)
+    return ids.gather(1, torch.minimum(position, last)).squeeze(1)
+
+
+def _never_written(mllm: Mllm) -> Tensor:
+    """The picture placeholder, and rows of the output that stand for no token."""
+    rows = mllm.model.config.text_config.vocab_size
+    return torch.tensor([mllm.image_token_id, *range(len(mllm.tokenizer), rows)])
+
+
+def _text(mllm: Mllm, ids: Sequence[int]) -> str:
+    """Ids as text: special tokens left out, generation tags kept even in folders that declare them special."""
+    tokenizer = mllm.tokenizer
+    tags = {mllm.tags.open, mllm.tags.close}
+    silent = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
+        tokenizer.all_special_ids
+    )
+    silent -= {index for index, token in tokenizer.added_tokens_decoder.items() if token.content in tags}
+    kept = [token for token in ids if token not in silent]
+    return str(tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)).strip()
+
+
+# ---------------------------------------------------------------- what comes in
+
+
+def _shaped(picture: Image.Image | None, size: int | None, mode: PictureMode) -> Image.Image | None:
+    if picture is None or (size is None and picture.width == picture.height):
+        return picture
+    return fit_picture(picture, size, mode) if size else fit_picture(picture, max(picture.size), "squash")
+
+
+def _check_picture(prompt: Prompt, position: int) -> None:
+    shown = sum(turn.has_picture for turn in prompt.turns)
+    if shown != (prompt.picture is not None):
+        has = "a picture" if prompt.picture is not None else "no picture"
+        raise PromptError(
+            f"prompt {position} has {has}, but {shown} of its turns show one; set has_picture on the turn it belongs to"
+        )
+
+
+def _check_settings(max_new_tokens: int, batch_size: int, temperature: float, top_p: float) -> None:
+    if max_new_tokens < 1 or batch_size < 1:
+        raise PromptError(f"max_new_tokens is {max_new_tokens}, batch_size {batch_size}; expected 1 or more")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise PromptError(f"temperature is {temperature}, top_p {top_p}; expected at least 0, and above 0 up to 1")
