@@ -1,4 +1,4 @@
-"""What did the MLLM learn? Tags, prompts, kept facts and questions on held-out scenes, the base model beside the tuned one.
+"""What did the MLLM learn? Tags, prompts, kept facts and answers on held-out scenes, the base beside the tuned model.
 
     make eval                                                        # the shipped toy models
     python eval/language.py --model runs/stage1_toy/final            # a model of yours
@@ -297,6 +297,10 @@ def write_result(out: Path, result: dict[str, Any], rows: Sequence[dict[str, Any
         "items.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
         "index.html": render_page(result, table_rows(result["metrics"]), rows, pictures),
     }
+    (out / "pictures").mkdir(exist_ok=True)
+    for item in items:
+        if item.example.picture is not None:
+            item.example.picture.save(out / "pictures" / f"{item.id.replace('/', '_')}.png")
     for name, text in texts.items():
         with written_aside(out / name) as aside:
             aside.write_text(text, encoding="utf-8")

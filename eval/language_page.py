@@ -63,12 +63,21 @@ def _example(item: str, systems: Mapping[str, Mapping[str, Any]], picture: Image
         "picture": _data_url(picture) if picture is not None else None,
         "expected": tuned["expected"],
         "wrong": _is_wrong(tuned),
-        "replies": {name: mark_facts(row["reply"], row["expected"]) for name, row in systems.items()},
+        "replies": {
+            name: mark_facts(row["reply"], row["expected"], judge=tuned["task"] != "prompt_refinement")
+            for name, row in systems.items()
+        },
     }
 
 
-def mark_facts(reply: str, expected: str) -> str:
-    """The reply as HTML: a word that says a fact is marked right or wrong by the sentence's truth in `expected`."""
+def mark_facts(reply: str, expected: str, judge: bool = True) -> str:
+    """The reply as HTML, tags and facts marked.
+
+    Args:
+        reply: what the model wrote.
+        expected: the right answer, whose facts decide between right and wrong.
+        judge: False where another answer may be as right: then only the tags are marked.
+    """
     truth = parse_caption(expected.replace("<gen_img>", "").replace("</gen_img>", ""))
     parts = []
     for sentence in reply.split(". "):

@@ -1,4 +1,4 @@
-"""Make the tuned toy MLLM from the shipped base: stage 1 at toy scale, longer than `make stage1`. `make toy-tuned` runs it.
+"""Make the tuned toy MLLM from the shipped base: stage 1 for longer than `make stage1`. `make toy-tuned` runs it.
 
     python scripts/make_toy_tuned.py                 # corpus, training, shipped into the package
     python scripts/make_toy_tuned.py optim.lr=5e-4   # overrides of configs/stage1/toy_tuned.yaml

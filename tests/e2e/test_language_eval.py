@@ -1,0 +1,75 @@
+"""eval/language.py from manifest to page: a perfect writer gets full marks, and a random model is measured honestly."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eval.language import TASKS, build_items, choose_records, score_item, summarise, table
+from llmga.stage1.tasks import TaskSettings
+from llmga.toyworld.build import build_world
+from tests.toy import toy_mllm_folder
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("language") / "world"
+    build_world(folder, rows=64, splits={"test": 300}, sheet=False)
+    return folder
+
+
+@pytest.mark.parametrize("phrasing", ["train", "held_out"])
+def test_expected_replies_get_full_marks(world: Path, phrasing: str) -> None:
+    records = choose_records(world / "test.jsonl", 6, TASKS)
+    settings = TaskSettings(picture_size=64, phrasing=phrasing)  # type: ignore[arg-type]
+    items = list(build_items(records, world, settings, seed=0))
+    rows = [score_item("tuned", item, item.expected) for item in items]
+    found = {(m["task"], m["name"]): m["value"] for m in summarise(rows)}
+    assert found.pop(("all", "tags_where_none_belong")) == 0
+    for (task, name), value in found.items():
+        if name == "clip_tokens":
+            assert 100 <= value <= 200, task
+        elif name != "tags_where_none_belong":
+            assert value == 1, (task, name)
+    assert "| editing: joint success | 100.0 %" in table(summarise(rows))
+
+
+def test_swapped_replies_do_not(world: Path) -> None:
+    records = choose_records(world / "test.jsonl", 12, ("similar_image", "editing", "vqa"))
+    items = list(build_items(records, world, TaskSettings(picture_size=64), seed=0))
+    rows = []
+    for task in ("similar_image", "editing", "vqa"):
+        own = [item for item in items if item.record.task == task]
+        rows += [score_item("tuned", item, other.expected) for item, other in zip(own, own[1:] + own[:1], strict=True)]
+    found = {(m["task"], m["kind"], m["name"]): m["value"] for m in summarise(rows)}
+    assert found["similar_image", "generation", "attributes"] < 0.6
+    assert found["editing", "generation", "joint"] < 0.1
+    assert found["vqa", "chat", "exact_match"] < 0.5
+
+
+def test_command_writes_result_items_and_page(world: Path, tmp_path: Path) -> None:
+    model, out = toy_mllm_folder(tmp_path / "model"), tmp_path / "out"
+    command = [sys.executable, "eval/language.py", "--model", model, "--base", model, "--data", world / "test.jsonl"]
+    command += ["--out", out, "--rows", "2", "--max-new-tokens", "4", "--picture-size", "32"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    assert "well-formed tags on generation requests" in done.stdout
+    result = json.loads((out / "result.json").read_text())
+    assert result["protocol"]["records"] == 2 * len(TASKS)
+    rows = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
+    assert {row["system"] for row in rows} == {"tuned", "base"}
+    pairs = [row["scores"]["tags_well_formed"] for row in rows if row["kind"] == "generation"]
+    assert all(pair == [0, 1] for pair in pairs)  # a random model writes no tags
+    page = (out / "index.html").read_text()
+    assert page.count("data:image/png") > 5
+    assert 'src="http' not in page
+
+
+def test_missing_manifest_names_the_way_out(tmp_path: Path) -> None:
+    command = [sys.executable, "eval/language.py", "--data", str(tmp_path / "none.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "build_world.py" in done.stderr
