@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from llmga.config import EXIT_BAD_INPUT, EXIT_OK, ConfigError, load_config
+from llmga.config import load_config_or_exit
 
 WORK = Path("runs/toy_base")
 CORPUS_ROWS = 36_000
@@ -23,25 +23,17 @@ SHIPPED = Path("llmga/toyworld/checkpoints/base/mllm")
 SPECIAL_TOKENS = ("<pad>", "<s>", "<image>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
 
-def main(overrides: list[str]) -> int:
-    """Run the steps in order and return the exit code."""
-    from llmga.stage1.config import Stage1Config
-
-    # The run starts from what this script makes, so the folders must exist before the config is checked.
-    WORK.mkdir(parents=True, exist_ok=True)
+def main(overrides: list[str]) -> None:
+    """Run the steps in order."""
     make_tower(WORK / "tower")
     make_corpus(WORK / "data")
     make_start(WORK / "start", WORK / "data", WORK / "tower")
-    try:
-        config = load_config(Stage1Config, Path("configs/stage1/toy_base.yaml"), overrides)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return EXIT_BAD_INPUT
+    from llmga.stage1.config import Stage1Config
+
+    config = load_config_or_exit(Stage1Config, Path("configs/stage1/toy_base.yaml"), overrides)
     from llmga.stage1.train import train
 
-    final = train(config)
-    ship(final, SHIPPED)
-    return EXIT_OK
+    ship(train(config), SHIPPED)
 
 
 def make_corpus(folder: Path) -> None:
@@ -186,19 +178,25 @@ def build_processor(tokenizer, recipe):
     )
 
 
-def ship(final: Path, destination: Path) -> None:
-    """Put the finished model into the package, in float16, with the frozen tower in a file of its own."""
+def ship(final: Path, destination: Path, base: Path | None = None) -> None:
+    """Put a finished model into the package, in float16; a vision tower that equals the base's is stored once."""
     import json
 
     import torch
 
-    from llmga.stage1.model import load_mllm, save_mllm
+    from llmga.stage1.model import VISION_SHARD, load_mllm, save_mllm
 
     provenance = json.loads((final / "provenance.json").read_text(encoding="utf-8"))
     destination.parent.mkdir(parents=True, exist_ok=True)
     save_mllm(load_mllm(final), None, destination, provenance, dtype=torch.float16, split_vision=True)
-    print(f"shipped {destination} ({sum(f.stat().st_size for f in destination.iterdir()) / 2**20:.1f} MiB)")
+    if base is not None:
+        shared, own = base / VISION_SHARD, destination / VISION_SHARD
+        if shared.read_bytes() == own.read_bytes():
+            own.unlink()
+            own.symlink_to(os.path.relpath(shared, destination))
+    size = sum(file.stat().st_size for file in destination.iterdir() if not file.is_symlink())
+    print(f"shipped {destination} ({size / 2**20:.1f} MiB)")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])
