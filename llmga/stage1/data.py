@@ -276,7 +276,7 @@ class BadSampleBudget:
         Raises:
             TooManyBadSamples: names the file, the counts, the first bad picture and the setting.
         """
-        bad = [entry for entry in self._known(seen) if entry["kind"] == "picture"]
+        bad = [entry for entry in self.replaced(seen) if entry["kind"] == "picture"]
         if len(bad) <= max(1, self.max_share * seen):
             return
         first = bad[0]
@@ -288,9 +288,9 @@ class BadSampleBudget:
 
     def counts(self, seen: int) -> Counter[str]:
         """How many of the first `seen` examples were replaced, by kind: "picture", "too_long"."""
-        return Counter(entry["kind"] for entry in self._known(seen))
+        return Counter(entry["kind"] for entry in self.replaced(seen))
 
-    def _known(self, seen: int) -> list[dict[str, Any]]:
+    def replaced(self, seen: int) -> list[dict[str, Any]]:
         """One entry per replaced example among the first `seen`; workers run ahead and have logged later ones."""
         if self.path.exists():
             with open(self.path, "rb") as file:
