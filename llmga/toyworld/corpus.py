@@ -16,7 +16,7 @@ from llmga.toyworld.scene import Scene, facts_to_list
 from llmga.toyworld.wording import pick
 
 CORPORA: dict[str, dict[str, float]] = {
-    "base": {"brief": 0.2, "medium": 0.2, "questions": 0.4, "chat": 0.2},
+    "base": {"brief": 0.1, "medium": 0.4, "questions": 0.4, "chat": 0.1},
     "stage1": {
         "prompt_refinement": 0.2,
         "similar_image": 0.2,
@@ -29,7 +29,7 @@ CORPORA: dict[str, dict[str, float]] = {
 }
 """Corpus -> part -> weight: what a base MLLM has seen (no long captions, nothing to draw), and what stage 1 trains."""
 
-MAX_QUESTIONS = 4
+MAX_QUESTIONS = 8
 BRIEF_REQUESTS = (
     "Describe the picture briefly.",
     "Give a short caption.",

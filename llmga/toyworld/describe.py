@@ -47,7 +47,7 @@ def describe(scene: Scene, rng: np.random.Generator, style: Style = "long") -> C
     Args:
         scene: what to describe.
         rng: draws wording and order.
-        style: `long` says every fact, a sentence each object, in shuffled order, 100 to 200 CLIP tokens in the
+        style: `long` says every fact, a sentence each object, in shuffled order, 77 to 190 CLIP tokens in the
             learnable world; `brief` says background, count and one object's colour and shape; `medium` says some or all
             facts shortly and in any order, within CLIP's window where the scene is not crowded.
     Raises:

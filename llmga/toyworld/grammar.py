@@ -73,8 +73,14 @@ def says(parsed: ParsedCaption, scene: Scene) -> bool:
     return parsed.valid and parsed.facts() == scene.facts()
 
 
+def match_sentence(text: str, start: int = 0, end: int | None = None) -> re.Match[str] | None:
+    """Match text[start:end], a sentence without its full stop; the groups of the match are named by slot."""
+    end = len(text) if end is None else end
+    return next((found for pattern in _SENTENCES if (found := reader(pattern).fullmatch(text, start, end))), None)
+
+
 def _read_sentence(sentence: str, grid: int, parsed: ParsedCaption) -> None:
-    match = next((found for pattern in _SENTENCES if (found := reader(pattern).fullmatch(sentence))), None)
+    match = match_sentence(sentence)
     if match is None:
         parsed.problems.append(f"not a sentence of this world: {sentence!r}")
         return

@@ -123,7 +123,7 @@ _OFTEN = {"colour": 2, "shape": 2, "texture": 2, "at": 3}
 
 
 def sample_questions(scene: Scene, rng: np.random.Generator, n: int, kinds: tuple[str, ...] = KINDS) -> list[Question]:
-    """Draw questions, no two of them the same.
+    """Draw questions, no two of which differ in wording alone.
 
     A yes/no question is written for a drawn answer, and a kind is asked only of scenes that allow both: within each
     kind either answer is equally frequent, so nothing can be guessed from the wording.
@@ -141,7 +141,7 @@ def sample_questions(scene: Scene, rng: np.random.Generator, n: int, kinds: tupl
         raise ValueError(f"question kind {unknown[0] if unknown else kinds!r} is unknown; expected {', '.join(KINDS)}")
     open_kinds = [kind for kind in kinds if kind in OPEN_WORDINGS for _ in range(_OFTEN.get(kind, 1))]
     yes_no_kinds = [kind for kind in kinds if kind in YES_NO_WORDINGS]
-    asked: dict[str, Question] = {}
+    asked: dict[_Key, Question] = {}
     for _ in range(100 + 50 * n):
         if len(asked) == n:
             return list(asked.values())
@@ -150,7 +150,7 @@ def sample_questions(scene: Scene, rng: np.random.Generator, n: int, kinds: tupl
         else:
             question = _open_question(scene, rng, pick(rng, open_kinds))
         if question is not None:
-            asked.setdefault(question.question, question)
+            asked.setdefault(question[0], question[1])
     raise ValueError(f"this scene gave {len(asked)} different questions, expected {n}; ask fewer or more kinds")
 
 
@@ -170,20 +170,25 @@ _T = TypeVar("_T")
 _Words = dict[str, str]
 
 
-def _open_question(scene: Scene, rng: np.random.Generator, kind: str) -> Question | None:
+_Key = tuple[str, ...]  # equal for questions that differ in their wording alone
+
+
+def _open_question(scene: Scene, rng: np.random.Generator, kind: str) -> tuple[_Key, Question] | None:
     drawn = _OPEN.get(kind, _attribute)(scene, rng, kind)
     if drawn is None:
         return None
     words, said = drawn
-    return Question(fill(pick(rng, OPEN_WORDINGS[kind]), words)[0], as_sentence(said), kind)
+    text, _ = fill(pick(rng, OPEN_WORDINGS[kind]), words)
+    return (kind, *words.values()), Question(text, as_sentence(said), kind)
 
 
-def _yes_no_question(scene: Scene, rng: np.random.Generator, kind: str) -> Question | None:
+def _yes_no_question(scene: Scene, rng: np.random.Generator, kind: str) -> tuple[_Key, Question] | None:
     yes = bool(rng.integers(2))
     words = _YES_NO[kind](scene, rng)[yes]
     if words is None:
         return None
-    return Question(fill(pick(rng, YES_NO_WORDINGS[kind]), words)[0], "Yes." if yes else "No.", kind)
+    text, _ = fill(pick(rng, YES_NO_WORDINGS[kind]), words)
+    return (kind, *words.values()), Question(text, "Yes." if yes else "No.", kind)
 
 
 # ---------------------------------------------------------------- questions with many answers: slots and the answer
@@ -330,7 +335,8 @@ def _place(scene: Scene, cell: int) -> str:
 def _name(scene: Scene, obj: Obj, rng: np.random.Generator, asked: str) -> str:
     """By its place, or by a description that does not give away what is asked."""
     apart = describe_apart(scene, obj, rng, without=asked) if rng.random() < 0.4 else None
-    return apart or f"the {_place(scene, obj.cell)} shape"
+    name = apart or f"the {_place(scene, obj.cell)} shape"
+    return name.removesuffix("shape") + "object" if asked == "shape" else name
 
 
 def _number(scene: Scene, attribute: str, value: str) -> int:

@@ -62,17 +62,17 @@ OBJECTS = (
     "to the outline",
     "Look to the {place} area, where a {colour} {shape} with a {texture} surface sits calmly, and its size is clearly "
     "{size} for the space around it",
-    "A {size} {colour} {shape} occupies the {place} region, its outline crisp and its inside {texture}, drawn with "
+    "The {place} region belongs to a {size} {colour} {shape}, its outline crisp and its inside {texture}, drawn with "
     "great care",
     "The {place} part holds a {shape} that is {size}, its colour is {colour}, and its surface has been kept {texture} "
     "by the artist",
-    "A {texture} {shape} rests in the {place} area, shown in a clean {colour} tone and kept {size} so that the layout "
-    "stays balanced",
+    "At rest in the {place} area is a {texture} {shape}, shown in a clean {colour} tone and kept {size} so that the "
+    "layout stays balanced",
     "Placed in the {place} region we find a {size} {texture} {shape} whose {colour} paint stands out against the "
     "ground",
     "Towards the {place} area there is a {colour} shape, namely a {size} {shape}, and the inside of it looks {texture} "
     "from edge to edge",
-    "Someone has set a {texture} {colour} {shape} into the {place} part, and it appears {size} next to the empty space "
+    "Into the {place} part someone has set a {texture} {colour} {shape}, and it appears {size} next to the empty space "
     "around it",
 )
 CLOSINGS = (
@@ -90,11 +90,11 @@ BRIEFS = (
 )
 """Brief captions: background, count and one object, about ten CLIP tokens."""
 PHRASES = (
-    "a {size} {texture} {colour} {shape} in the {place}",
-    "a {colour} {shape} in the {place}, {size} and {texture}",
+    "{place}: a {size} {texture} {colour} {shape}",
     "{place}: a {texture} {colour} {shape}, {size}",
-    "a {size} {colour} {shape} with a {texture} surface in the {place}",
     "in the {place} a {texture} {shape} in {colour}, {size}",
+    "in the {place} a {size} {colour} {shape} with a {texture} surface",
+    "a {size} {texture} {colour} {shape} in the {place}",
 )
 """Objects of medium captions, said shortly."""
 GROUND_PHRASES = ("a {background} background", "on {background}", "the background is {background}")
@@ -112,19 +112,29 @@ def fill(pattern: str, words: dict[str, str]) -> tuple[str, dict[str, tuple[int,
     Returns:
         the text, its first letter as in the pattern, and slot -> (start, end) character span.
     """
-    text, spans, last = "", {}, 0
-    for match in _SLOT.finditer(pattern):
-        literal, slot = pattern[last : match.start()], match[1]
-        word = words[slot.lower()]
-        if slot[0].isupper():
+    text, spans = "", {}
+    slots, tail = _pieces(pattern)
+    for literal, slot, is_capital, has_article in slots:
+        word = words[slot]
+        if is_capital:
             word = word.capitalize()
-        if re.search(r"(^|\s)[Aa] $", literal) and word[0] in "aeiou":
+        if has_article and word[0] in "aeiou":
             literal = f"{literal[:-1]}n "
         text += literal
-        spans[slot.lower()] = (len(text), len(text) + len(word))
+        spans[slot] = (len(text), len(text) + len(word))
         text += word
+    return text + tail, spans
+
+
+@cache
+def _pieces(pattern: str) -> tuple[list[tuple[str, str, bool, bool]], str]:
+    """(text before, slot, written with a capital, behind an article) of each slot, and the text after the last."""
+    slots, last = [], 0
+    for match in _SLOT.finditer(pattern):
+        literal, slot = pattern[last : match.start()], match[1]
+        slots.append((literal, slot.lower(), slot[0].isupper(), re.search(r"(^|\s)[Aa] $", literal) is not None))
         last = match.end()
-    return text + pattern[last:], spans
+    return slots, pattern[last:]
 
 
 def pick(rng: np.random.Generator, patterns: Sequence[str]) -> str:
