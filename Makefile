@@ -12,20 +12,22 @@ BIN := .venv/bin
 PY  := $(BIN)/python
 export PYTHON  # setup_env.sh makes .venv with it, if given
 
-# One process needs no launcher; several on one machine find each other; several machines meet at MASTER_ADDR.
+# One process needs no launcher; several on one machine find each other; several machines meet at MASTER_ADDR, in the
+# order of NODE_RANK (Slurm sets it) or, without it, in any.
 ifneq ($(NODES),1)
   ifeq ($(MASTER_ADDR),)
-    $(error NODES=$(NODES) needs MASTER_ADDR, the name or address of the first machine, the same on all of them)
-  else ifeq ($(NODE_RANK),)
-    $(error NODES=$(NODES) needs NODE_RANK: 0 on the machine MASTER_ADDR names, then 1, 2, ... (Slurm sets it itself))
-  else
-    LAUNCH = $(PY) -m torch.distributed.run --nnodes=$(NODES) --node_rank=$(NODE_RANK) --nproc_per_node=$(NPROC) \
-      --master_addr=$(MASTER_ADDR) --master_port=$(MASTER_PORT)
+    $(error NODES=$(NODES) needs MASTER_ADDR, the name or address of one of the machines, the same on all of them)
   endif
+  ifeq ($(NODE_RANK),)
+    MEETING := --rdzv_backend=c10d --rdzv_endpoint=$(MASTER_ADDR):$(MASTER_PORT) --rdzv_id=llmga
+  else
+    MEETING := --node_rank=$(NODE_RANK) --master_addr=$(MASTER_ADDR) --master_port=$(MASTER_PORT)
+  endif
+  LAUNCH := $(PY) -m torch.distributed.run --nnodes=$(NODES) --nproc_per_node=$(NPROC) $(MEETING)
 else ifneq ($(NPROC),1)
-  LAUNCH = $(PY) -m torch.distributed.run --standalone --nproc_per_node=$(NPROC)
+  LAUNCH := $(PY) -m torch.distributed.run --standalone --nproc_per_node=$(NPROC)
 else
-  LAUNCH = $(PY)
+  LAUNCH := $(PY)
 endif
 
 # The toy data is built when a config reads it.
@@ -83,7 +85,7 @@ check: install  ## format, lint, types, import contract
 
 .PHONY: constraints
 constraints: install  ## write the installed versions to constraints.txt
-	@{ head -n 1 constraints.txt; $(PY) -m pip freeze --exclude-editable; } > constraints.txt.part
+	@{ head -n 2 constraints.txt; $(PY) -m pip freeze --exclude-editable; } > constraints.txt.part
 	mv constraints.txt.part constraints.txt
 
 .PHONY: clean

@@ -27,9 +27,11 @@ def stage1(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train the MLLM on one machine and one device; `make stage1` starts several."""
     with _one_clear_message():
         settings = _stage1_settings(config, overrides)
+        from llmga.runtime import close_distributed
         from llmga.stage1.train import train
 
         typer.echo(f"finished: {train(settings)}")
+        close_distributed()
 
 
 @app.command()
@@ -107,23 +109,20 @@ def _stage1_settings(config: Path, overrides: list[str] | None) -> Any:
 
 @contextmanager
 def _one_clear_message() -> Iterator[None]:
-    """What a user caused is told on stderr without a traceback; exit codes as in `llmga.config`."""
-    from llmga.config import EXIT_BAD_INPUT, EXIT_INTERRUPTED
+    """What we foresaw is told on stderr without a traceback; exit codes as in `llmga.config`."""
+    from llmga.config import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED
 
+    # By name, because importing llmga.runtime here would import torch.
+    codes = {"llmga.runtime.Interrupted": EXIT_INTERRUPTED, "llmga.runtime.RunFailed": EXIT_FAILED}
     try:
         yield
     except KeyboardInterrupt:
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except Exception as error:
-        if _names(error) == ("llmga.runtime", "Interrupted"):
-            typer.echo(error, err=True)
-            raise typer.Exit(EXIT_INTERRUPTED) from None
-        if isinstance(error, ValueError) and _names(error)[0].startswith("llmga."):
-            typer.echo(error, err=True)
-            raise typer.Exit(EXIT_BAD_INPUT) from None
-        raise
-
-
-def _names(error: Exception) -> tuple[str, str]:
-    """Module and class; compared by name because importing llmga.runtime here would import torch."""
-    return type(error).__module__, type(error).__name__
+        name = f"{type(error).__module__}.{type(error).__name__}"
+        ours = isinstance(error, ValueError) and name.startswith("llmga.")
+        code = codes.get(name, EXIT_BAD_INPUT if ours else None)
+        if code is None:
+            raise
+        typer.echo(error, err=True)
+        raise typer.Exit(code) from None

@@ -3,9 +3,9 @@
 Run: pytest tests/unit/test_cli.py
 """
 
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -27,10 +27,11 @@ def run(*arguments: str) -> tuple[int, str, str]:
 
 def test_help_answers_in_half_a_second() -> None:
     seconds = []
-    for _ in range(4):  # the quickest, because another test may hold the processor
-        start = time.perf_counter()
+    for _ in range(3):  # processor time, the least of three: other work on the machine must not fail this
+        before = os.times()
         finished = subprocess.run([sys.executable, "-m", "llmga", "--help"], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert "stage1" in finished.stdout and "preview" in finished.stdout
     assert min(seconds) < 0.5
 
@@ -75,6 +76,7 @@ def test_a_picture_that_cannot_be_read_is_one_message_and_exit_code_2(tmp_path: 
     [
         ("llmga.records", "RecordError", EXIT_BAD_INPUT),
         ("llmga.runtime", "Interrupted", EXIT_INTERRUPTED),
+        ("llmga.runtime", "RunFailed", EXIT_FAILED),
         ("builtins", "KeyboardInterrupt", EXIT_INTERRUPTED),
         ("builtins", "ValueError", EXIT_FAILED),  # not ours: a defect, told with its traceback
     ],
@@ -88,5 +90,5 @@ def test_exit_codes(module: str, error: str, code: int, monkeypatch: pytest.Monk
     monkeypatch.setattr("llmga.config.load_config", fail)
     found, _, err = run("config", TOY)
     assert found == code
-    if error in ("RecordError", "Interrupted"):
+    if module.startswith("llmga."):
         assert err == "what happened\n"

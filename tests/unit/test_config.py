@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, get_args
@@ -347,7 +346,6 @@ def test_imports_no_deep_learning_library(module: str) -> None:
     assert finished.returncode == 0, finished.stderr
 
 
-@pytest.mark.skipif(not (REPOSITORY / "scripts/train_stage1.py").exists(), reason="written in parallel")
 def test_the_training_script_refuses_bad_settings_before_torch_is_imported() -> None:
     # A finder that refuses torch: the script can only end well-mannered if it never asks for it.
     code = """
@@ -360,8 +358,8 @@ sys.meta_path.insert(0, NoTorch())
 sys.argv = ["train_stage1.py", "configs/stage1/toy.yaml", "optim.learning_rate=1e-4", "run.max_stps=3"]
 runpy.run_path("scripts/train_stage1.py", run_name="__main__")
 """
-    start = time.monotonic()
+    before = os.times().children_user
     finished = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert finished.returncode == EXIT_BAD_INPUT, finished.stderr
     assert "did you mean optim.lr?" in finished.stderr and "did you mean run.max_steps?" in finished.stderr
-    assert time.monotonic() - start < 3  # 0.4 s alone; importing torch takes longer than all of this
+    assert os.times().children_user - before < 2  # 0.4 s; importing torch alone takes longer
