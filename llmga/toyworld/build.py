@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from llmga.records import Record, open_manifest, write_manifest
 from llmga.toyworld.corpus import CORPORA, PARTS, draw_record
 from llmga.toyworld.png import encode_png
 from llmga.toyworld.render import render
-from llmga.toyworld.scene import PRESETS, SPLITS, sample_scene
+from llmga.toyworld.scene import PRESETS, SPLITS, Scene, sample_scene
 from llmga.toyworld.sheet import write_sheet
 
-FORMAT = 1
-"""Counts up when the same settings would build other data."""
 SETTINGS_FILE = "world.json"
+FINGERPRINT_RECORDS = 128
+
+_Drawn = tuple[Record, Scene]
 
 
 class WorldError(ValueError):
@@ -74,10 +76,11 @@ def build_world(
         return present
     with _appearing(out) as folder:
         tasks, pictures = {}, {}
-        for split in settings["splits"]:
-            counts: Counter[str] = Counter()
-            records = _draw_split(folder, split, settings, counts)
-            write_manifest(folder / f"{split}.jsonl", records)
+        for split, count in settings["splits"].items():
+            (folder / "pictures" / split).mkdir(parents=True)
+            counts: Counter[str] = Counter(pictures=0)
+            drawn = _draw_records(split, count, seed, preset, settings["weights"])
+            write_manifest(folder / f"{split}.jsonl", _with_pictures(folder, drawn, counts))
             pictures[split] = counts.pop("pictures")
             tasks[split] = dict(sorted(counts.items()))
         if sheet:
@@ -90,26 +93,35 @@ def build_world(
 # ---------------------------------------------------------------- records
 
 
-def _draw_split(folder: Path, split: str, settings: dict[str, Any], counts: Counter[str]) -> Iterator[Record]:
-    """The records of a split; pictures are written and all is counted on the way."""
-    (folder / "pictures" / split).mkdir(parents=True)
+def _draw_records(split: str, count: int, seed: int, preset: str, weights: Mapping[str, float]) -> Iterator[_Drawn]:
+    """Records and their scenes; record n is a pure function of the arguments but `count`."""
     seeds, number = SPLITS[split], list(SPLITS).index(split)
-    seed, weights = settings["seed"], settings["weights"]
     parts, bounds = list(weights), np.cumsum(list(weights.values())) / sum(weights.values())
     first = int(np.random.default_rng([seed, number]).integers(len(seeds)))
-    counts["pictures"] = 0
-    for index in range(settings["splits"][split]):
+    for index in range(count):
         rng = np.random.default_rng([seed, number, index])
         part = parts[int(np.searchsorted(bounds, rng.random(), side="right"))]
         scene_seed = seeds[(first + index) % len(seeds)]
-        scene = sample_scene(scene_seed, settings["preset"])
+        scene = sample_scene(scene_seed, preset)
         image = f"pictures/{split}/{scene_seed}.png"
-        record = draw_record(part, f"{split}-{index:07d}", split, image, scene, rng)
+        yield draw_record(part, f"{split}-{index:07d}", split, image, scene, rng), scene
+
+
+def _with_pictures(folder: Path, drawn: Iterable[_Drawn], counts: Counter[str]) -> Iterator[Record]:
+    """The records, counted by task; their pictures are written on the way."""
+    for record, scene in drawn:
         if record.image:
-            (folder / image).write_bytes(encode_png(render(scene)))
+            (folder / record.image).write_bytes(encode_png(render(scene)))
             counts["pictures"] += 1
         counts[record.task] += 1
         yield record
+
+
+def _fingerprint() -> str:
+    """Tells this code from one that writes other records for the same settings, as after a change of wording."""
+    drawn = _draw_records("train", FINGERPRINT_RECORDS, 0, "learnable", dict.fromkeys(PARTS, 1.0))
+    records = [repr(record) for record, _ in drawn]
+    return sha256("\n".join(records).encode()).hexdigest()[:16]
 
 
 def _write_sheet(folder: Path) -> None:
@@ -151,9 +163,8 @@ def _settings(
             raise WorldError(f"split {split!r} is unknown; expected some of {', '.join(SPLITS)}")
         if not 1 <= count <= len(SPLITS[split]):
             raise WorldError(f"split {split!r} shall hold {count} records; expected 1 to {len(SPLITS[split])}")
-    return {
-        "format": FORMAT, "kind": kind, "preset": preset, "seed": seed, "weights": weights, "splits": splits
-    }  # fmt: skip
+    settings = {"kind": kind, "preset": preset, "seed": seed, "weights": weights, "splits": splits}
+    return {**settings, "generator": _fingerprint()}
 
 
 def _present(out: Path, settings: dict[str, Any]) -> Report | None:

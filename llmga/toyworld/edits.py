@@ -11,6 +11,7 @@ import numpy as np
 from llmga.toyworld.scene import (
     ATTRIBUTES,
     BACKGROUNDS,
+    THEMES,
     THEMES_BY_NAME,
     Facts,
     Obj,
@@ -238,7 +239,9 @@ def _move(scene: Scene, rng: np.random.Generator, kind: str) -> _Drawn:
 
 def _add(scene: Scene, rng: np.random.Generator, kind: str) -> _Drawn:
     geometry = scene.geometry
-    obj = draw_object(rng, int(rng.choice(scene.empty_cells())), THEMES_BY_NAME[scene.theme], geometry.jitter)
+    # A scene that was read from a picture has no theme.
+    theme = THEMES_BY_NAME.get(scene.theme) or THEMES[int(rng.integers(len(THEMES)))]
+    obj = draw_object(rng, int(rng.choice(scene.empty_cells())), theme, geometry.jitter)
     words = {attribute: say(rng, attribute, value) for attribute, value in obj.attributes().items()}
     return scene.with_objects([*scene.objects, obj]), {**words, "place": PLACES[geometry.grid][obj.cell]}
 

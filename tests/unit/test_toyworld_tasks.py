@@ -94,6 +94,11 @@ def test_edits_that_the_preset_does_not_allow_are_refused() -> None:
         sample_edit(TWO, rng, "rotate")
 
 
+def test_a_scene_without_a_theme_can_grow() -> None:
+    edit = sample_edit(replace(TWO, theme=""), np.random.default_rng(0), "add")
+    assert len(edit.target.objects) == 3
+
+
 def test_composition_scenes_stay_composition_scenes() -> None:
     for number in range(30):
         scene = sample_scene(SPLITS["composition"].start + number)

@@ -148,7 +148,9 @@ def test_rows_decide_the_held_out_splits(tmp_path: Path) -> None:
     assert report.pictures == {"train": 0, "validation": 0, "test": 0}
 
 
-def test_the_same_data_is_not_built_again_and_other_data_is_not_overwritten(tmp_path: Path) -> None:
+def test_the_same_data_is_not_built_again_and_other_data_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "toy"
     out.mkdir()  # empty: nothing to lose
     first = build_world(out, splits={"train": 5}, sheet=False)
@@ -158,6 +160,10 @@ def test_the_same_data_is_not_built_again_and_other_data_is_not_overwritten(tmp_
     assert (again.tasks, again.pictures) == (first.tasks, first.pictures)
     with pytest.raises(WorldError, match=r"toy exists and differs in seed \(0 there, 1 asked\); choose another folder"):
         build_world(out, splits={"train": 5}, seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("llmga.toyworld.wording.CLOSINGS", ("The end",))
+        with pytest.raises(WorldError, match=r"differs in generator \(\w{16} there, \w{16} asked\)"):
+            build_world(out, splits={"train": 5})
     (out / "world.json").write_text("[]")
     with pytest.raises(WorldError, match="toy exists and is not a folder of toy data; choose another folder"):
         build_world(out, splits={"train": 5})
