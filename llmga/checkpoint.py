@@ -170,8 +170,8 @@ _DISK_FULL_TEXTS = (
     "No space left on device",
     "File too large",
     "Disk quota exceeded",
-    "PytorchStreamWriter failed writing",  # torch.save says no more than that
-    "file write failed",
+    "PytorchStreamWriter failed writing",  # torch.save says no more than that, or less:
+    "iostream error",
 )
 
 

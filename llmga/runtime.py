@@ -16,12 +16,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -29,10 +30,14 @@ import torch.distributed as dist
 
 from llmga.checkpoint import atomic_write
 
+Result = TypeVar("Result")
 _REPEAT_SECONDS = 3.0  # a launcher passes on the Ctrl-C that the terminal has already sent to its children
-_WORKER_GRACE_SECONDS = 60
 _COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 _LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "deepspeed", "safetensors", "numpy", "Pillow")
+
+
+if not torch.cuda.is_available():  # read when deepspeed is imported, which accelerate does unasked
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 class RuntimeSetupError(ValueError):
@@ -62,8 +67,6 @@ def init_distributed(with_deepspeed: bool = False) -> Ranks:
     ranks = _ranks_from_environment()
     if torch.cuda.is_available():
         torch.cuda.set_device(ranks.local_rank)
-    elif with_deepspeed:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # must be set before deepspeed is imported
     if dist.is_initialized() or (ranks.world_size == 1 and not with_deepspeed):
         return ranks
     if with_deepspeed and "MASTER_ADDR" not in os.environ:  # started by plain python: a group of one
@@ -73,6 +76,9 @@ def init_distributed(with_deepspeed: bool = False) -> Ranks:
     if with_deepspeed:
         import deepspeed
 
+        # On a CPU it would compile a shared-memory collective first: that needs g++, takes a minute, and a build that
+        # was killed leaves a lock which all later runs wait for. gloo does the same.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=_COLLECTIVE_TIMEOUT)
     else:
@@ -132,6 +138,27 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
+def on_main(work: Callable[[], Result]) -> Result:
+    """Do something on rank 0 alone; every rank gets its result, or fails with it instead of waiting for ever.
+
+    Raises:
+        RunFailed: on the other ranks, when the work raised on rank 0; there its own error is raised.
+    """
+    value: Any = None
+    error: Exception | None = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            value = work()
+        except Exception as caught:
+            error = caught
+    value, problem = from_main((value, None if error is None else str(error)))
+    if error is not None:
+        raise error
+    if problem is not None:
+        raise RunFailed(problem)
+    return value
+
+
 def seed_everything(seed: int) -> None:
     """Seed the global generators of Python, NumPy and torch, for libraries that draw from them."""
     random.seed(seed)
@@ -181,14 +208,30 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-def outlive_terminate() -> None:
-    """In a data-loading worker: let a SIGTERM to the whole process group pass, so that the step at hand can finish.
+_outliving = False
 
-    Slurm and systemd signal every process of a job. Torch's workers would die of it and take the step down with them.
-    The worker leaves by itself after the run's grace, in case nobody tells it to.
+
+def outlive_terminate() -> None:
+    """In a data-loading worker: let signals to the whole process group pass, so that the step at hand can finish.
+
+    Slurm, systemd and a terminal's Ctrl-C reach every process of a job. Torch's workers would die of it and take the
+    step down with them. A SIGTERM from the parent itself still ends the worker at once.
     """
-    if torch.utils.data.get_worker_info() is not None:
-        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_WORKER_GRACE_SECONDS) and None)
+    global _outliving
+    if torch.utils.data.get_worker_info() is None or _outliving:
+        return
+    _outliving = True
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_leave_when_the_parent_says, daemon=True).start()
+
+
+def _leave_when_the_parent_says() -> None:
+    """Take the place of the signal handler, which in Python does not learn who sent the signal."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class MetricsLog:

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,14 +71,22 @@ def collate_and_outlive(samples: list[int]) -> tuple[int, list[int]]:
     return os.getpid(), samples
 
 
-def test_a_loading_worker_outlives_a_terminate_to_the_group() -> None:
-    loaded = []
-    for worker, samples in DataLoader(range(12), batch_size=2, num_workers=1, collate_fn=collate_and_outlive):
-        loaded += samples
-        if len(loaded) == 2:
-            os.kill(worker, signal.SIGTERM)
+def test_a_loading_worker_outlives_a_terminate_to_the_group_but_not_its_parents() -> None:
+    loaded: list[int] = []
+    batches = iter(DataLoader(range(12), batch_size=2, num_workers=1, collate_fn=collate_and_outlive))
+    for worker, samples in batches:
+        if not loaded:
+            subprocess.run(["kill", "-TERM", str(worker)], check=True)
             time.sleep(0.2)
+        loaded += samples
     assert loaded == list(range(12))
+
+    batches = iter(DataLoader(range(12), batch_size=2, num_workers=1, collate_fn=collate_and_outlive))
+    worker, _ = next(batches)
+    os.kill(worker, signal.SIGTERM)
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        list(batches)
+        time.sleep(2)
 
 
 def test_metrics_lines_past_the_resumed_step_are_cut(tmp_path: Path) -> None:

@@ -1,0 +1,186 @@
+"""The folder of a run: what lies in it, whether it goes on from something, and where it came from.
+
+config.yaml  environment.json  metrics.jsonl  samples/  checkpoint-<step>/  final/
+"""
+
+import contextlib
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmga.checkpoint import (
+    atomic_write,
+    checkpoint_step,
+    is_disk_full,
+    latest_checkpoint,
+    read_marker,
+    remove_incomplete,
+    sha256,
+)
+from llmga.config import dump_config, save_config
+from llmga.runtime import MetricsLog, RunFailed, environment
+
+_FULL_BYTES = 1 << 16  # free on a disk that is full; some errors do not say why nothing more could be written
+logger = logging.getLogger(__name__)
+
+# Settings that may change from one start to the next without the result changing.
+_HARMLESS = ("run.resume", "run.threads", "run.num_workers", "run.keep_last", "run.trackers", "run.record_sample_ids")
+
+
+class ResumeError(ValueError):
+    """A checkpoint that does not fit the run that wants to go on from it; the message says what to do."""
+
+
+class RunFolder:
+    """Paths and history of one run folder. Only rank 0 calls the methods that write.
+
+    Args:
+        path: the run folder, `run.output_dir`; it need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.final = path / "final"
+        self.samples = path / "samples"
+        self.metrics = MetricsLog(path / "metrics.jsonl")
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run's result is there; it appears at once and whole."""
+        return self.final.is_dir()
+
+    def start(self, config: Any, resume: bool) -> Path | None:
+        """Make the folder ready for a run and say which checkpoint it goes on from, None for none.
+
+        What an interrupted save left is removed, and logs are cut back to the checkpoint. Without `resume`, what the
+        folder holds is moved to `previous-<n>` inside it, so that no flag ever deletes a result.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            self._move_aside()
+        for broken in remove_incomplete(self.path):
+            logger.warning("removed %s: it was not written to its end", broken)
+        checkpoint = latest_checkpoint(self.path)
+        for key, (before, now) in self.changed_settings(config).items():
+            logger.warning("%s was %s when this run began and is %s now", key, before, now)
+        self._cut_logs(checkpoint_step(checkpoint) if checkpoint else 0)
+        save_config(config, self.path / "config.yaml")
+        starts = [*self._starts(), environment()]
+        atomic_write(self.path / "environment.json", json.dumps({"starts": starts}, indent=1))
+        return checkpoint
+
+    def say_finished(self, config: Any) -> None:
+        """Tell that there is nothing to do, and how to do it all the same."""
+        changed = self.changed_settings(config)
+        logger.info(
+            "%s is finished: %s%s. To train anew, give another run.output_dir or run.resume=false",
+            self.path,
+            self.final,
+            f" (with other settings than now: {', '.join(changed)})" if changed else "",
+        )
+
+    def changed_settings(self, config: Any) -> dict[str, tuple[Any, Any]]:
+        """Settings that differ from those the folder was last used with: key to (then, now); harmless ones left out."""
+        path = self.path / "config.yaml"
+        before = dict(_flat(yaml.safe_load(path.read_text(encoding="utf-8")))) if path.is_file() else None
+        if before is None:
+            return {}
+        now = dict(_flat(dump_config(config)))
+        keys = [key for key in {**before, **now} if not key.startswith(_HARMLESS)]
+        return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
+
+    def _move_aside(self) -> None:
+        held = [path for path in self.path.iterdir() if not path.name.startswith("previous-")]
+        if held:
+            number = 1 + len(list(self.path.glob("previous-*")))
+            previous = self.path / f"previous-{number}"
+            previous.mkdir()
+            for path in held:
+                path.rename(previous / path.name)
+            logger.warning("run.resume is false: what %s held is now in %s", self.path, previous)
+
+    def _cut_logs(self, step: int) -> None:
+        for path in (self.metrics.path, *self.path.glob("samples-rank*.jsonl")):
+            MetricsLog(path).cut_after(step)
+
+    def _starts(self) -> list[dict[str, Any]]:
+        try:
+            return list(json.loads((self.path / "environment.json").read_text())["starts"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+
+
+def check_fits(checkpoint: Path, **wanted: Any) -> None:
+    """Compare the facts in a checkpoint's marker with those of the run that wants to resume from it.
+
+    Args:
+        checkpoint: complete.
+        wanted: `examples_per_step`, `engine` ("plain", "zero2", "zero3") and `world_size` of this run.
+    Raises:
+        ResumeError: another number of examples per step, another engine, or ZeRO on another number of processes.
+    """
+    found = {key: read_marker(checkpoint).get(key, value) for key, value in wanted.items()}
+    again = "or start anew with run.resume=false"
+    if found["examples_per_step"] != wanted["examples_per_step"]:
+        raise ResumeError(
+            f"{checkpoint} was trained with {found['examples_per_step']} examples per step, this run has "
+            f"{wanted['examples_per_step']}; keep run.batch_size x run.accumulation_steps x processes the same, {again}"
+        )
+    if found["engine"] != wanted["engine"]:
+        raise ResumeError(
+            f"{checkpoint} was written by {found['engine']}, this run uses {wanted['engine']}; "
+            f"set run.deepspeed as it was, {again}"
+        )
+    if wanted["engine"] != "plain" and found["world_size"] != wanted["world_size"]:
+        raise ResumeError(
+            f"{checkpoint} holds the optimizer of {found['world_size']} processes, this run has "
+            f"{wanted['world_size']}, and DeepSpeed cannot share it out anew; start as many processes, {again}"
+        )
+
+
+def way_on(run: RunFolder) -> str:
+    """What a run that stopped early left, and how it goes on."""
+    kept = latest_checkpoint(run.path)
+    if kept is None:
+        return "there is no checkpoint yet, so the same command starts again"
+    return f"{kept} is complete, and the same command goes on from it"
+
+
+@contextlib.contextmanager
+def explaining_full_disk(run: RunFolder) -> Iterator[None]:
+    """Turn the many errors of a full disk into one sentence; what was half written goes, so that space comes back.
+
+    Raises:
+        RunFailed: instead of any error that says that the disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error) and shutil.disk_usage(run.path).free > _FULL_BYTES:
+            raise
+        remove_incomplete(run.path)
+        free = shutil.disk_usage(run.path).free / 1e6
+        raise RunFailed(
+            f"could not write to {run.path}: {str(error).splitlines()[0]} ({free:,.0f} MB free now). "
+            f"Make room, or set run.keep_last lower; {way_on(run)}"
+        ) from error
+
+
+def hashes(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """Path, size and SHA-256 of every file, and of every file directly in a folder: what a result was made from."""
+    files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
+    return [{"path": str(file), "bytes": file.stat().st_size, "sha256": sha256(file)} for file in files]
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as dotted keys."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _flat(inner, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value

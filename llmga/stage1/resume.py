@@ -1,0 +1,41 @@
+"""Make the Trainer resume with the weights it saved.
+
+transformers 5.23 saves a checkpoint under the names of published folders, but loads it back by the names in memory. For
+LLaVA no name agrees: the run would go on with the weights it started from, and say so only in a warning.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from llmga.run_folder import ResumeError
+from llmga.stage1.model import standard_names
+
+
+def accept_saved_names(model: nn.Module) -> None:
+    """Let `load_state_dict` take the names of any saved folder, and refuse when a weight is missing or left over.
+
+    Works through torch's public hooks, so it holds for whoever loads: the Trainer or DeepSpeed.
+    """
+    model.register_load_state_dict_pre_hook(_rename)
+    model.register_load_state_dict_post_hook(_check)
+
+
+def _rename(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Pre-hook: rename in place."""
+    if prefix:
+        return
+    renamed = standard_names(state_dict)
+    state_dict.clear()
+    state_dict.update(renamed)
+
+
+def _check(module: nn.Module, keys: Any) -> None:
+    """Post-hook: a tied head is not saved; everything else must have been."""
+    tied = {"lm_head.weight"} if module.config.tie_word_embeddings else set()
+    missing, unexpected = sorted(set(keys.missing_keys) - tied), sorted(keys.unexpected_keys)
+    if missing or unexpected:
+        raise ResumeError(
+            f"the checkpoint's weights do not fit the model: {len(missing)} missing, {len(unexpected)} unknown, first "
+            f"{(missing + unexpected)[0]}; was model.path or model.tags changed? Start anew with run.resume=false"
+        )

@@ -1,0 +1,207 @@
+"""Stage 1: the MLLM learns to write generation prompts. This file reads in the order things happen.
+
+transformers' Trainer runs the loop, as it is: no subclass, no override. Example i of the data is a pure function of
+(seed, i) and the Trainer takes the examples in order, in one epoch as long as the run. So the order does not depend
+on the number of ranks, and resuming is nothing but starting at a later example.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer
+from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.utils.logging import disable_progress_bar
+
+from llmga.checkpoint import checkpoint_step, read_marker
+from llmga.config import dump_config
+from llmga.progress import RunProgress
+from llmga.run_folder import RunFolder, check_fits, explaining_full_disk, hashes, way_on
+from llmga.runtime import (
+    Interrupted,
+    Ranks,
+    StopSignal,
+    environment,
+    from_main,
+    init_distributed,
+    on_main,
+    seed_everything,
+    setup_logging,
+)
+from llmga.stage1.arguments import engine_name, training_arguments
+from llmga.stage1.callbacks import BadSamples, CompleteCheckpoints, Figures, SampleReplies, StopWhenAsked
+from llmga.stage1.config import Stage1Config
+from llmga.stage1.data import BAD_SAMPLES_FILE, BadSampleBudget, Collator, Stage1Dataset, build_datasets
+from llmga.stage1.held_out import mean_token_loss, token_losses
+from llmga.stage1.mixture import rows_per_epoch
+from llmga.stage1.model import Mllm, add_generation_tags, load_mllm, save_mllm, set_trainable
+from llmga.stage1.resume import accept_saved_names
+from llmga.stage1.sample_page import SamplePages
+from llmga.stage1.samples import answer_questions, draw_questions
+from llmga.stage1.watch import BatchWatch, NamedBatches
+from llmga.tokens import TAGS
+
+logger = logging.getLogger(__name__)
+
+
+def train(cfg: Stage1Config) -> Path:
+    """Run stage 1, or go on with it, to its end.
+
+    Args:
+        cfg: checked settings; `cfg.run.output_dir` is the run folder.
+    Returns:
+        The finished model's folder, `final/` in the run folder. A run that is finished already returns at once.
+    Raises:
+        Interrupted: stopped by a signal, with the state saved.
+        RunFailed: a loss that is not finite, a full disk, too many bad samples.
+        ValueError: settings, data, model or checkpoint do not fit each other; the message says what to change.
+    """
+    # Setup
+    engine = engine_name(cfg.run.deepspeed)
+    ranks = init_distributed(with_deepspeed=engine != "plain")
+    setup_logging(ranks)
+    run = RunFolder(cfg.run.output_dir)
+    if from_main(run.is_finished and cfg.run.resume):
+        run.say_finished(cfg)
+        return run.final
+    signals = StopSignal()
+    try:
+        return _train(cfg, run, ranks, engine, signals)
+    except KeyboardInterrupt:
+        raise Interrupted(f"aborted at once; {way_on(run)}") from None
+    finally:
+        signals.close()
+
+
+def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals: StopSignal) -> Path:
+    """`train`, once it is known that there is something to do."""
+    checkpoint = on_main(lambda: run.start(cfg, cfg.run.resume))
+    examples_per_step = cfg.run.batch_size * cfg.run.accumulation_steps * ranks.world_size
+    fit = {"examples_per_step": examples_per_step, "engine": engine, "world_size": ranks.world_size}
+    if checkpoint:
+        check_fits(checkpoint, **fit)
+        logger.info("going on from %s", checkpoint)
+    seed_everything(cfg.run.seed)
+    disable_progress_bar()  # transformers' own, of loading and saving
+    if cfg.run.threads:
+        torch.set_num_threads(cfg.run.threads)
+
+    # Model: the arguments come first, because under ZeRO-3 they decide how `from_pretrained` spreads the weights.
+    arguments = training_arguments(cfg, run.path)
+    mllm = load_mllm(cfg.model.path, TAGS[cfg.model.tag_name], cfg.model.attention)
+    if cfg.model.tags == "tokens":
+        add_generation_tags(mllm, TAGS[cfg.model.tag_name])
+    accept_saved_names(mllm.model)
+    trained, frozen = set_trainable(mllm.model, cfg.model.trainable)
+    logger.info("%s parameters learn, %s are frozen", f"{trained:,}", f"{frozen:,}")
+
+    # Data
+    data, held_out = _build_data(cfg, mllm, run, examples_per_step)
+    total_steps = len(data) // examples_per_step
+    samples_per_epoch = rows_per_epoch([len(source) for source in data.sources], [s.weight for s in data.sources])
+    epochs = len(data) / samples_per_epoch
+    logger.info("%d steps of %d examples, %.3g epochs of %d", total_steps, examples_per_step, epochs, samples_per_epoch)
+
+    # Trainer
+    watch = BatchWatch(run.path, ranks, mllm.tokenizer.decode, cfg.run.record_sample_ids)
+    watch.attach(mllm.model)
+    progress = RunProgress(total_steps, shown=ranks.is_main)
+    figures = Figures(run.metrics, watch, progress, ranks, samples_per_epoch)
+    if checkpoint:
+        figures.totals = read_marker(checkpoint)["totals"]
+    callbacks = [
+        figures,
+        watch,
+        BadSamples(BadSampleBudget(run.path / BAD_SAMPLES_FILE, cfg.data.max_bad_share), examples_per_step),
+        StopWhenAsked(signals),
+        CompleteCheckpoints(
+            run.path, cfg.run.keep_last, mllm.processor, lambda: {**fit, "totals": figures.take_counts()}
+        ),
+    ]
+    if cfg.run.sample_every_steps and cfg.samples.rows:
+        answer = _answerer(cfg, run, ranks, engine, mllm, held_out, checkpoint)
+        callbacks.append(SampleReplies(cfg.run.sample_every_steps, answer, figures))
+    trainer = Trainer(
+        model=mllm.model,
+        args=arguments,
+        data_collator=NamedBatches(Collator.of(data)),
+        train_dataset=data,
+        eval_dataset=held_out or None,
+        compute_metrics=mean_token_loss,
+        preprocess_logits_for_metrics=token_losses,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    for tracker in (WandbCallback, TensorBoardCallback):  # behind ours, which complete the figures
+        if (callback := trainer.pop_callback(tracker)) is not None:
+            trainer.add_callback(callback)
+
+    # Run
+    if signals.agreed():
+        raise Interrupted(f"stopped by {signals.received} before the first step; {way_on(run)}")
+    with progress, explaining_full_disk(run):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    step = trainer.state.global_step
+    if step < total_steps:
+        raise Interrupted(f"stopped by {signals.received} after step {step} of {total_steps}; {way_on(run)}")
+
+    # Save
+    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # ZeRO-3: all ranks give, rank 0 receives
+    mllm.model.config.use_cache = True  # the Trainer has set it to False
+    dtype = torch.bfloat16 if cfg.run.precision == "bf16" else torch.float32
+    with explaining_full_disk(run):
+        on_main(lambda: save_mllm(mllm, state_dict, run.final, _provenance(cfg, step, figures), dtype))
+    logger.info("finished after %d steps and %d trained tokens: %s", step, figures.totals["trained_tokens"], run.final)
+    return run.final
+
+
+def _build_data(
+    cfg: Stage1Config, mllm: Mllm, run: RunFolder, examples_per_step: int
+) -> tuple[Stage1Dataset, dict[str, Stage1Dataset]]:
+    """Training data exactly as long as the run, and the held-out sets by name."""
+    bad_samples_path = run.path / BAD_SAMPLES_FILE
+    steps = cfg.run.max_steps
+    if steps is None:  # `run.epochs` decides; a last step that would not be full is filled up
+        data, _ = build_datasets(cfg, mllm.processor, None, bad_samples_path)
+        steps = math.ceil(len(data) / examples_per_step)
+    return build_datasets(cfg, mllm.processor, steps * examples_per_step, bad_samples_path)
+
+
+def _answerer(
+    cfg: Stage1Config,
+    run: RunFolder,
+    ranks: Ranks,
+    engine: str,
+    mllm: Mllm,
+    held_out: dict[str, Stage1Dataset],
+    checkpoint: Path | None,
+) -> Callable[[int], None]:
+    """What answers the sample conversations after a step and writes their pages."""
+    questions = draw_questions(held_out, cfg.samples.rows)
+    pages = SamplePages(run.samples, questions)
+    if ranks.is_main:
+        pages.cut_after(checkpoint_step(checkpoint) if checkpoint else 0)
+
+    def answer(step: int) -> None:
+        if engine != "zero3" and not ranks.is_main:
+            return  # the others have nothing to give, and wait at the next step
+        replies = answer_questions(mllm, questions, cfg.samples.max_new_tokens, cfg.run.batch_size)
+        if ranks.is_main:
+            pages.write(step, replies)
+
+    return answer
+
+
+def _provenance(cfg: Stage1Config, step: int, figures: Figures) -> dict[str, Any]:
+    """What the model was made from, for `final/provenance.json`."""
+    return {
+        "stage": 1,
+        "steps": step,
+        **figures.totals,
+        "inputs": hashes([cfg.model.path, *(source.path for source in cfg.data.sources)]),
+        "config": dump_config(cfg),
+        **{key: value for key, value in environment().items() if key in ("commit", "versions", "machine")},
+    }

@@ -1,0 +1,138 @@
+"""What goes through the model, seen at its door: sample ids, token counts, and losses that are not finite.
+
+The watch stands on two public places only, forward hooks of the model and callbacks of the Trainer.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from llmga.checkpoint import atomic_write
+from llmga.runtime import MetricsLog, Ranks, RunFailed, any_rank, outlive_terminate, sum_over_ranks
+from llmga.tokens import IGNORE_INDEX
+
+
+class NonFiniteLossError(RunFailed):
+    """The loss or a gradient became NaN or infinite; the batch is saved and the weights are as before the step."""
+
+
+class NamedBatches:
+    """A collator that adds `sample_ids` to each batch, for `BatchWatch` to take off again at the model's door.
+
+    Args:
+        collate: makes a batch of examples that each have a `sample_id`.
+    """
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self.collate = collate
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        outlive_terminate()
+        batch = self.collate(examples)
+        return {**batch, "sample_ids": torch.tensor([example["sample_id"] for example in examples])}
+
+
+class BatchWatch(TrainerCallback):
+    """Counts what is trained on, records sample ids, and stops the run before a bad loss can touch the weights.
+
+    Args:
+        run_dir: `non_finite/` and `samples-rank<r>.jsonl` go there.
+        ranks: this process among the others.
+        decode: token ids to text, for the saved batch.
+        record_sample_ids: write the ids of every step.
+    """
+
+    def __init__(
+        self, run_dir: Path, ranks: Ranks, decode: Callable[[list[int]], str], record_sample_ids: bool = False
+    ) -> None:
+        self.run_dir, self.ranks, self.decode = run_dir, ranks, decode
+        self.record = MetricsLog(run_dir / f"samples-rank{ranks.rank}.jsonl") if record_sample_ids else None
+        self._step = 0
+        self._batches: list[tuple[list[int], dict[str, Tensor]]] = []  # of the step at hand
+        self._counts: Tensor | None = None  # samples, tokens and trained tokens since the last `take_counts`
+
+    def attach(self, model: nn.Module) -> None:
+        """Stand at the model's door. The hooks stay on the inner model whatever wraps it later."""
+        model.register_forward_pre_hook(self._on_batch, with_kwargs=True)
+        model.register_forward_hook(self._on_loss)
+
+    def take_counts(self) -> tuple[int, int, int]:
+        """Samples, tokens (padding excluded) and trained tokens over all ranks since the last call; all must call."""
+        counts = [0, 0, 0] if self._counts is None else self._counts.tolist()
+        self._counts = None
+        samples, tokens, trained = (int(count) for count in sum_over_ranks(counts))
+        return samples, tokens, trained
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._step = state.global_step + 1
+        self._batches = []
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        # Not under DeepSpeed: it keeps its own gradients and has made its step by now.
+        if gradients and not bool(torch.nn.utils.get_total_norm(gradients).isfinite()):
+            self._stop("the gradient is not finite although the loss is")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.record is not None:
+            self.record.write(state.global_step, ids=[ids for ids, _ in self._batches])
+        self._batches = []
+
+    def _on_batch(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Forward pre-hook: take the ids off, remember and count the batch."""
+        ids = kwargs.pop("sample_ids", None)
+        if "labels" in kwargs:
+            kwargs["use_cache"] = False  # the LLM would keep a copy of keys and values that nobody reads
+        if module.training and "labels" in kwargs:
+            labels = kwargs["labels"]
+            self._batches.append(([] if ids is None else ids.tolist(), kwargs))
+            counts = torch.stack(
+                [
+                    torch.tensor(labels.shape[0], device=labels.device),
+                    kwargs["attention_mask"].sum(),
+                    (labels[:, 1:] != IGNORE_INDEX).sum(),
+                ]
+            )
+            self._counts = counts if self._counts is None else self._counts + counts
+        return args, kwargs
+
+    def _on_loss(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook: ahead of the backward pass, because DeepSpeed makes its step inside it."""
+        loss = getattr(output, "loss", None)
+        if not module.training or loss is None:
+            return
+        value = float(loss.detach())
+        if any_rank(not torch.tensor(value).isfinite()):
+            self._stop(f"the loss is {value}" if not torch.tensor(value).isfinite() else "a loss is not finite")
+
+    def _stop(self, what: str) -> None:
+        """Save this rank's batches of the step and raise on all ranks."""
+        folder = self.run_dir / "non_finite" / f"step-{self._step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        micro_batches = []
+        for number, (ids, tensors) in enumerate(self._batches):
+            name = f"rank{self.ranks.rank}-batch{number}.safetensors"
+            save_file(
+                {key: value.detach().cpu().contiguous() for key, value in tensors.items() if torch.is_tensor(value)},
+                folder / name,
+            )
+            texts = [self.decode(row) for row in tensors["input_ids"].tolist()]
+            micro_batches.append({"file": name, "sample_ids": ids, "texts": texts})
+        report = {"step": self._step, "problem": what, "batches": micro_batches}
+        atomic_write(folder / f"rank{self.ranks.rank}.json", json.dumps(report, indent=1, ensure_ascii=False))
+        raise NonFiniteLossError(
+            f"step {self._step}: {what}. The weights were not touched and the batch is in {folder}. "
+            "Look at its texts, or lower optim.lr or raise optim.warmup, and run again"
+        )

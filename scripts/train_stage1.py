@@ -1,0 +1,58 @@
+"""Teach an MLLM to write generation prompts (stage 1), or go on with a run that stopped.
+
+    python scripts/train_stage1.py configs/stage1/toy.yaml
+    torchrun --nproc_per_node 2 scripts/train_stage1.py configs/stage1/toy.yaml optim.lr=1e-4
+    deepspeed scripts/train_stage1.py configs/stage1/toy.yaml run.deepspeed=configs/deepspeed/zero3.json
+
+Exit codes: 0 done, 1 failed, 2 bad input or settings, 130 interrupted with the state saved.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from llmga.config import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, load_config_or_exit
+from llmga.stage1.config import Stage1Config
+
+
+def main() -> int:
+    """Read the settings, train, and say in one sentence what went wrong if anything did."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="YAML file with the settings that differ from the defaults")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings on top of the file's")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    options = parser.parse_intermixed_args()
+    cfg = load_config_or_exit(Stage1Config, options.config, options.overrides)
+
+    from llmga.runtime import Interrupted, RunFailed, close_distributed  # torch only now that the settings are sound
+    from llmga.stage1.train import train
+
+    try:
+        train(cfg)
+    except Interrupted as stop:
+        code = _tell(str(stop), EXIT_INTERRUPTED)
+    except RunFailed as failure:
+        return _tell(str(failure), EXIT_FAILED)  # other ranks may be gone: leave without waiting for them
+    except ValueError as error:
+        if not type(error).__module__.startswith("llmga."):
+            raise  # nothing that we foresaw
+        return _tell(str(error), EXIT_BAD_INPUT)
+    else:
+        code = EXIT_OK
+    close_distributed()
+    return code
+
+
+def _tell(message: str, code: int) -> int:
+    """Print the sentence; a loading worker wraps it in its own traceback."""
+    if message.startswith("Caught "):
+        message = message.strip().splitlines()[-1].partition(": ")[2]
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or code == EXIT_BAD_INPUT:
+        print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""What a person reads of a run: figures in a line, durations in words."""
+
+import logging
+
+import pytest
+
+from llmga.progress import RunProgress, duration, figures_line
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (3599, "59m59s"), (18_420, "5h07m"), (190_800, "2d05h")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_figures_that_are_there_come_in_a_fixed_order() -> None:
+    line = figures_line(
+        {"eta_s": 200, "lr": 2e-5, "tokens_per_s": 12345.6, "loss": 1.5, "grad_norm": 0.25, "cuda_gb": 40}
+    )
+    assert line == "loss 1.5000  lr 2.00e-05  gradient 0.25  12,346 tokens/s  40.00 GB  3m20s left"
+    assert figures_line({"eval_toy_loss": 2.0}) == "held out toy_loss 2.0000"
+
+
+def test_without_a_terminal_one_line_per_log_and_only_on_the_first_rank(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("llmga").propagate = True
+    with caplog.at_level(logging.INFO, "llmga"):
+        for shown in (True, False):
+            with RunProgress(20, shown) as progress:
+                progress.advance(9)
+                progress.report(10, {"loss": 1.0})
+    assert [record.getMessage() for record in caplog.records] == ["step 10/20  loss 1.0000"]
