@@ -80,7 +80,7 @@ def make_start(folder: Path, corpus: Path, tower_folder: Path) -> None:
             vocab_size=len(tokenizer),
             hidden_size=width,
             intermediate_size=512,
-            num_hidden_layers=3,
+            num_hidden_layers=4,
             num_attention_heads=width // 32,
             max_position_embeddings=1024,
             tie_word_embeddings=True,

@@ -17,7 +17,7 @@ from make_toy_base import ship
 from llmga.config import load_config_or_exit
 
 CORPUS = Path("runs/toy_tuned/data")
-CORPUS_ROWS = 60_000
+CORPUS_ROWS = 40_000
 SHIPPED = Path("llmga/toyworld/checkpoints/tuned/mllm")
 
 

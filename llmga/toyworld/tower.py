@@ -1,7 +1,7 @@
 """Pretrain the toy vision tower: a CLIP vision transformer that learns to see scenes.
 
-It stands where CLIP's contrastive pretraining stands for LLaVA. Exact labels replace image-text pairs: linear heads read
-background and each cell's shape, size, colour and texture from the patch tokens; the heads are thrown away afterwards.
+It stands where CLIP's contrastive pretraining stands for LLaVA. Exact labels replace image-text pairs: linear heads
+read background and each cell's shape, size, colour and texture from the patch tokens; the heads are then thrown away.
 Half of the pictures have holes, since stage 1 shows the tower masked pictures.
 """
 
