@@ -91,6 +91,7 @@ def ask(
         from llmga.images import open_picture
 
         opened = None if picture == "-" else open_picture(Path(picture))
+        _quiet_libraries()
         from llmga.stage1.conversation import Turn
         from llmga.stage1.model import load_mllm
         from llmga.stage1.reply import Prompt, generate_replies
@@ -105,6 +106,15 @@ def _stage1_settings(config: Path, overrides: list[str] | None) -> Any:
     from llmga.stage1.config import Stage1Config
 
     return load_config(Stage1Config, config, overrides or ())
+
+
+def _quiet_libraries() -> None:
+    """Keep stdout for the reply."""
+    from transformers.utils.logging import disable_progress_bar
+
+    import llmga.runtime  # noqa: F401 (tells DeepSpeed its device; accelerate would let it guess aloud)
+
+    disable_progress_bar()
 
 
 @contextmanager

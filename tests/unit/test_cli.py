@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 from typer.testing import CliRunner
 
 from llmga.cli import app
 from llmga.config import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, load_config
 from llmga.stage1.config import Stage1Config
+from tests.toy import toy_mllm_folder
 
 REPOSITORY = Path(__file__).parents[2]
 TOY = str(REPOSITORY / "configs/stage1/toy.yaml")
@@ -69,6 +71,23 @@ def test_a_picture_that_cannot_be_read_is_one_message_and_exit_code_2(tmp_path: 
         code, out, err = run("ask", str(picture), "What is this?")
         assert (code, out) == (EXIT_BAD_INPUT, "")
         assert str(picture) in err and len(err.splitlines()) == 1
+
+
+def test_ask_prints_the_reply_and_nothing_else(tmp_path: Path) -> None:
+    from llmga.stage1.conversation import Turn
+    from llmga.stage1.model import load_mllm
+    from llmga.stage1.reply import Prompt, generate_replies
+
+    folder = toy_mllm_folder(tmp_path / "model")
+    picture = Image.new("RGB", (48, 32), "red")
+    picture.save(tmp_path / "red.png")
+    options = ["--model", str(folder), "--max-new-tokens", "6"]
+    for name, prompt in [
+        (str(tmp_path / "red.png"), Prompt([Turn("user", "What is this?", has_picture=True)], picture)),
+        ("-", Prompt([Turn("user", "What is this?")])),
+    ]:
+        [reply] = generate_replies(load_mllm(folder), [prompt], max_new_tokens=6)
+        assert run("ask", name, "What is this?", *options)[:2] == (EXIT_OK, reply + "\n")
 
 
 @pytest.mark.parametrize(
