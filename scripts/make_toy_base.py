@@ -11,6 +11,7 @@ Each step is skipped when what it makes is there already, so an interrupted run 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,8 +26,10 @@ SPECIAL_TOKENS = ("<pad>", "<s>", "<image>", "<|system|>", "<|user|>", "<|assist
 
 def main(overrides: list[str]) -> None:
     """Run the steps in order."""
+    from llmga.toyworld.build import build_world
+
+    build_world(WORK / "data", rows=CORPUS_ROWS, seed=0, kind="base")
     make_tower(WORK / "tower")
-    make_corpus(WORK / "data")
     make_start(WORK / "start", WORK / "data", WORK / "tower")
     from llmga.stage1.config import Stage1Config
 
@@ -34,15 +37,6 @@ def main(overrides: list[str]) -> None:
     from llmga.stage1.train import train
 
     ship(train(config), SHIPPED)
-
-
-def make_corpus(folder: Path) -> None:
-    """Scenes with brief captions, questions and small talk."""
-    if folder.exists():
-        return
-    from llmga.toyworld.build import build_world
-
-    build_world(folder, rows=CORPUS_ROWS, seed=0, kind="base")
 
 
 def make_tower(folder: Path) -> None:
@@ -188,12 +182,16 @@ def ship(final: Path, destination: Path, base: Path | None = None) -> None:
 
     provenance = json.loads((final / "provenance.json").read_text(encoding="utf-8"))
     destination.parent.mkdir(parents=True, exist_ok=True)
-    save_mllm(load_mllm(final), None, destination, provenance, dtype=torch.float16, split_vision=True)
+    new = destination.with_name(f"{destination.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    save_mllm(load_mllm(final), None, new, provenance, dtype=torch.float16, split_vision=True)
     if base is not None:
-        shared, own = base / VISION_SHARD, destination / VISION_SHARD
+        shared, own = base / VISION_SHARD, new / VISION_SHARD
         if shared.read_bytes() == own.read_bytes():
             own.unlink()
             own.symlink_to(os.path.relpath(shared, destination))
+    shutil.rmtree(destination, ignore_errors=True)
+    new.rename(destination)
     size = sum(file.stat().st_size for file in destination.iterdir() if not file.is_symlink())
     print(f"shipped {destination} ({size / 2**20:.1f} MiB)")
 

@@ -26,8 +26,7 @@ def main(overrides: list[str]) -> None:
     from llmga.stage1.config import Stage1Config
     from llmga.toyworld.build import build_world
 
-    if not CORPUS.exists():
-        build_world(CORPUS, rows=CORPUS_ROWS, seed=1, kind="stage1")
+    build_world(CORPUS, rows=CORPUS_ROWS, seed=1, kind="stage1")
     config = load_config_or_exit(Stage1Config, Path("configs/stage1/toy_tuned.yaml"), overrides)
     from llmga.stage1.train import train
 
