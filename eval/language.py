@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llmga.metrics.intervals import Interval, bootstrap_ratio
 from PIL import Image
 
 from llmga.config import EXIT_BAD_INPUT, EXIT_OK
 from llmga.files import written_aside
 from llmga.images import open_picture, picture_path
+from llmga.metrics.intervals import Interval, bootstrap_ratio
 from llmga.records import Record, open_manifest
 from llmga.runtime import environment
 from llmga.stage1.conversation import Turn
@@ -151,9 +151,8 @@ def build_items(records: Sequence[Record], image_root: Path, settings: TaskSetti
 
 def reply(path: Path, items: Sequence[Item], max_new_tokens: int, batch_size: int) -> list[str]:
     """Greedy replies of a model folder to all items."""
-    from llmga.stage1.reply import Prompt, generate_replies
-
     from llmga.stage1.model import load_mllm
+    from llmga.stage1.reply import Prompt, generate_replies
 
     prompts = [Prompt(item.turns, item.example.picture) for item in items]
     return generate_replies(load_mllm(path), prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
