@@ -97,7 +97,8 @@ class RunFolder:
     def _move_aside(self) -> None:
         held = [path for path in self.path.iterdir() if not path.name.startswith("previous-")]
         if held:
-            number = 1 + len(list(self.path.glob("previous-*")))
+            taken = [path.name.removeprefix("previous-") for path in self.path.glob("previous-*")]
+            number = 1 + max((int(name) for name in taken if name.isdecimal()), default=0)
             previous = self.path / f"previous-{number}"
             previous.mkdir()
             for path in held:
