@@ -166,8 +166,9 @@ def explaining_full_disk(run: RunFolder) -> Iterator[None]:
             raise
         remove_incomplete(run.path)
         free = shutil.disk_usage(run.path).free / 1e6
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise RunFailed(
-            f"could not write to {run.path}: {str(error).splitlines()[0]} ({free:,.0f} MB free now). "
+            f"could not write to {run.path}: {reason} ({free:,.0f} MB free now). "
             f"Make room, or set run.keep_last lower; {way_on(run)}"
         ) from error
 
