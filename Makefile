@@ -38,13 +38,14 @@ NEEDS_DATA := $(if $(shell grep -sl data/toy $(CONFIG)),$(TOY_DATA))
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s%s\n", $$1, $$2}' Makefile
 	@echo
-	@echo '  CONFIG=configs/stage1/llava15_7b.yaml NPROC=8 NODES=2 ARGS="optim.lr=1e-5 run.seed=1" change what is run'
+	@echo '  CONFIG=my.yaml NPROC=8 NODES=2 ARGS="optim.lr=1e-5 run.seed=1" change what is run'
 
 .PHONY: install
 install:  ## make .venv with the pinned packages (every command does it when needed)
 	@scripts/setup_env.sh
 
-$(TOY_DATA): | install
+.PHONY: $(TOY_DATA)
+$(TOY_DATA): | install  # data of the same settings and wording is left as it is
 	$(PY) data_tools/build_world.py --out $(@D)
 
 .PHONY: stage1

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from llmga.cli import SHIPPED_MODELS, newest_model
 from llmga.config import EXIT_BAD_INPUT, EXIT_OK
 from llmga.files import written_aside
 from llmga.images import open_picture, picture_path
@@ -34,7 +35,6 @@ from llmga.toyworld.edits import Edit
 from llmga.toyworld.scene import Scene
 from llmga.toyworld.scores import PromptScore, score_description, score_edit, score_refinement
 
-CHECKPOINTS = Path("llmga/toyworld/checkpoints")
 CLIP_WINDOW = 77
 TASKS = ("similar_image", "inpainting", "outpainting", "prompt_refinement", "editing", "vqa", "qa")
 
@@ -48,6 +48,13 @@ class Item:
     example: Example
     turns: list[Turn]
     expected: str
+
+    @property
+    def task(self) -> str:
+        """The record's task; what a picture with a drawn mask asks for, its mask says."""
+        if self.record.task == "inpainting" and self.example.mask is not None and self.example.mask.is_outpaint:
+            return "outpainting"
+        return self.record.task
 
     @property
     def asks_for_picture(self) -> bool:
@@ -75,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     result = {
         "schema_version": 1,
-        "code_and_environment": environment(),
+        "environment": {key: value for key, value in environment().items() if key in ("commit", "versions")},
         "protocol": {
             "data": str(args.data),
             "records": len(records),
@@ -90,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "metrics": summarise(rows),
     }
     write_result(args.out, result, rows, items)
+    print(f"tuned: {args.model}, base: {args.base}")
     print(table(result["metrics"]))
     print(f"{args.out / 'index.html'}")
     return EXIT_OK
@@ -98,8 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=CHECKPOINTS / "tuned/mllm", help="folder of the tuned MLLM")
-    parser.add_argument("--base", type=Path, default=CHECKPOINTS / "base/mllm", help="folder of the base MLLM")
+    parser.add_argument("--model", type=Path, default=newest_model(), help="folder of the tuned MLLM")
+    parser.add_argument("--base", type=Path, default=SHIPPED_MODELS / "base/mllm", help="folder of the base MLLM")
     parser.add_argument("--no-base", dest="base", action="store_const", const=None, help="leave the base out")
     parser.add_argument("--data", type=Path, default=Path("data/toy/test.jsonl"), help="manifest of held-out scenes")
     parser.add_argument("--out", type=Path, default=Path("runs/eval_language"))
@@ -163,7 +171,7 @@ def reply(path: Path, items: Sequence[Item], max_new_tokens: int, batch_size: in
 
 def score_item(system: str, item: Item, text: str) -> dict[str, Any]:
     """Score one reply: a JSON-ready row with its (right, total) pairs."""
-    answer, task = parse_reply(text), item.record.task
+    answer, task = parse_reply(text), item.task
     prompt = answer.prompts[0] if answer.prompts else ""
     score = PromptScore()
     if item.asks_for_picture:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-TUNED_MODEL = Path(__file__).parent / "toyworld" / "checkpoints" / "tuned" / "mllm"
+SHIPPED_MODELS = Path(__file__).parent / "toyworld" / "checkpoints"
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/stage1/toy.yaml.")]
 Overrides = Annotated[
@@ -81,7 +81,9 @@ def world(
 def ask(
     picture: Annotated[str, typer.Argument(help="Picture file, or - for a question without one.")],
     text: Annotated[str, typer.Argument(help="The question or request.")],
-    model: Annotated[Path, typer.Option(help="Folder of an MLLM; the shipped toy model by default.")] = TUNED_MODEL,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of an MLLM; else what `make stage1` made, else a shipped toy model.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -97,8 +99,16 @@ def ask(
         from llmga.stage1.reply import Prompt, generate_replies
 
         prompt = Prompt(turns=[Turn("user", text, has_picture=opened is not None)], picture=opened)
-        [reply] = generate_replies(load_mllm(model), [prompt], max_new_tokens, 1, temperature=temperature, seed=seed)
+        [reply] = generate_replies(
+            load_mllm(model or newest_model()), [prompt], max_new_tokens, 1, temperature=temperature, seed=seed
+        )
         typer.echo(reply)
+
+
+def newest_model() -> Path:
+    """What `make stage1` made, else the shipped tuned model, else the shipped base model, which writes no tags."""
+    candidates = (Path("runs/stage1_toy/final"), SHIPPED_MODELS / "tuned" / "mllm")
+    return next((path for path in candidates if path.is_dir()), SHIPPED_MODELS / "base" / "mllm")
 
 
 def _stage1_settings(config: Path, overrides: list[str] | None) -> Any:

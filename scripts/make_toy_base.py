@@ -78,6 +78,7 @@ def make_start(folder: Path, corpus: Path, tower_folder: Path) -> None:
             num_attention_heads=width // 32,
             max_position_embeddings=1024,
             tie_word_embeddings=True,
+            initializer_range=0.06,  # 0.02 is for wide models: at this width attention would start out flat
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

@@ -203,5 +203,5 @@ def _provenance(cfg: Stage1Config, step: int, figures: Figures) -> dict[str, Any
         **figures.totals,
         "inputs": hashes([cfg.model.path, *(source.path for source in cfg.data.sources)]),
         "config": dump_config(cfg),
-        **{key: value for key, value in environment().items() if key in ("commit", "versions", "machine")},
+        **{key: value for key, value in environment().items() if key in ("commit", "versions")},
     }

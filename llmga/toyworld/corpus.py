@@ -20,8 +20,8 @@ CORPORA: dict[str, dict[str, float]] = {
     "stage1": {
         "prompt_refinement": 0.2,
         "similar_image": 0.2,
-        "inpainting": 0.1,
-        "outpainting": 0.1,
+        "inpainting": 0.16,  # half of the masks drawn for these are outpainting, too
+        "outpainting": 0.04,
         "editing": 0.2,
         "questions": 0.15,
         "chat": 0.05,

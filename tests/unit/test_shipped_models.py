@@ -8,6 +8,8 @@ from llmga.stage1.model import VISION_SHARD, load_mllm
 from llmga.tokens import GEN_IMG
 
 CHECKPOINTS = Path(__file__).parents[2] / "llmga" / "toyworld" / "checkpoints"
+BASE = CHECKPOINTS / "base" / "mllm"
+MODELS = sorted(CHECKPOINTS.glob("*/mllm"))
 MAX_FILE_MB, MAX_TOTAL_MB = 16, 96
 
 
@@ -19,12 +21,13 @@ def test_files_are_small_and_safe() -> None:
 
 
 def test_frozen_tower_is_stored_once() -> None:
-    assert (CHECKPOINTS / "tuned/mllm" / VISION_SHARD).samefile(CHECKPOINTS / "base/mllm" / VISION_SHARD)
+    assert BASE in MODELS
+    assert all((model / VISION_SHARD).samefile(BASE / VISION_SHARD) for model in MODELS)
 
 
-@pytest.mark.parametrize(("name", "tags_are_tokens"), [("base", False), ("tuned", True)])
-def test_models_load_and_only_the_tuned_one_has_tags(name: str, tags_are_tokens: bool) -> None:
-    mllm = load_mllm(CHECKPOINTS / name / "mllm")
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.parent.name)
+def test_models_load_and_only_tuned_ones_have_tags(model: Path) -> None:
+    mllm = load_mllm(model)
     assert mllm.tags == GEN_IMG
-    assert mllm.tags_are_tokens is tags_are_tokens
+    assert mllm.tags_are_tokens is (model != BASE)
     assert mllm.num_image_tokens == 16
