@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 from llmga.checkpoint import atomic_write
 
+logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 _REPEAT_SECONDS = 3.0  # a launcher passes on the Ctrl-C that the terminal has already sent to its children
 _COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
@@ -67,9 +68,13 @@ def init_distributed(with_deepspeed: bool = False) -> Ranks:
     ranks = _ranks_from_environment()
     if torch.cuda.is_available():
         torch.cuda.set_device(ranks.local_rank)
-    if dist.is_initialized() or (ranks.world_size == 1 and not with_deepspeed):
+    # A lone process that sees several GPUs would make the Trainer split each batch over them (DataParallel).
+    spare_gpus = ranks.world_size == 1 and torch.cuda.device_count() > 1
+    if dist.is_initialized() or (ranks.world_size == 1 and not with_deepspeed and not spare_gpus):
         return ranks
-    if with_deepspeed and "MASTER_ADDR" not in os.environ:  # started by plain python: a group of one
+    if spare_gpus:
+        logger.warning("one process uses one of the %d GPUs; torchrun starts one for each", torch.cuda.device_count())
+    if "MASTER_ADDR" not in os.environ:  # started by plain python: a group of one
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
         os.environ.update({key: str(value) for key, value in alone.items()})
     backend = "nccl" if torch.cuda.is_available() else "gloo"

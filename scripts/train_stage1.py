@@ -4,6 +4,9 @@
     torchrun --nproc_per_node 2 scripts/train_stage1.py configs/stage1/toy.yaml optim.lr=1e-4
     deepspeed scripts/train_stage1.py configs/stage1/toy.yaml run.deepspeed=configs/deepspeed/zero3.json
 
+Ctrl-C or SIGTERM saves and stops; the same command goes on. torchrun kills its processes 30 s after a signal: set
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT to the seconds that a large model needs to save.
+
 Exit codes: 0 done, 1 failed, 2 bad input or settings, 130 interrupted with the state saved.
 """
 

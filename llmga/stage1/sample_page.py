@@ -67,6 +67,7 @@ class SamplePages:
             {
                 "title": question.title,
                 "picture": _data_url(question.picture),
+                "small": question.picture is not None and max(question.picture.size) < _THUMBNAIL_PX // 2,
                 "turns": question.turns,
                 "expected": _with_tags(question.expected),
                 "replies": [(step, _with_tags(said[number])) for step, said in steps],
@@ -106,7 +107,7 @@ _TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).f
   body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
   article { display: grid; grid-template-columns: minmax(8rem, 16rem) 1fr; gap: 1rem; padding: 1rem 0;
             border-top: 1px solid #8886; }
-  img { width: 100%; image-rendering: pixelated; border-radius: 4px; }
+  img { width: 100%; border-radius: 4px; } img.small { image-rendering: pixelated; }
   dl { margin: 0; } dt { font-size: 12px; opacity: .7; } dd { margin: 0 0 .6rem; white-space: pre-wrap;
        overflow-wrap: anywhere; }
   b { color: #b25000; font-weight: 600; } .expected { opacity: .75; } h2 { font-size: 13px; margin: 0 0 .5rem; }
@@ -118,15 +119,18 @@ _TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).f
 {% endif %}
 {% for row in rows %}
 <article>
-  <div>{% if row.picture %}<img src="{{ row.picture }}" alt="the picture shown to the model">{% else %}no picture\
-{% endif %}</div>
+  <div>
+    {% if row.picture %}
+    <img {% if row.small %}class="small" {% endif %}src="{{ row.picture }}" alt="the picture shown to the model">
+    {% else %}no picture{% endif %}
+  </div>
   <dl>
     {% if row.title %}<h2>{{ row.title }}</h2>{% endif %}
     {% for turn in row.turns %}
     <dt>{{ turn.role }}{% if turn.has_picture %} (with the picture){% endif %}</dt><dd>{{ turn.content }}</dd>
     {% endfor %}
     {% for step, reply in row.replies %}
-    <dt>reply after step {{ step }}</dt><dd>{{ reply }}</dd>
+    <dt>reply after step {{ step }}</dt><dd>{{ reply or "(nothing)" }}</dd>
     {% endfor %}
     <dt>expected</dt><dd class="expected">{{ row.expected }}</dd>
   </dl>

@@ -88,6 +88,7 @@ class BatchWatch(TrainerCallback):
             self.record.write(state.global_step, ids=[ids for ids, _ in self._batches])
         self._batches = []
 
+    @torch.compiler.disable  # a compiled hook would be compiled anew for every length of the list of batches
     def _on_batch(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -108,6 +109,7 @@ class BatchWatch(TrainerCallback):
             self._counts = counts if self._counts is None else self._counts + counts
         return args, kwargs
 
+    @torch.compiler.disable
     def _on_loss(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook: ahead of the backward pass, because DeepSpeed makes its step inside it."""
         loss = getattr(output, "loss", None)

@@ -7,6 +7,7 @@ Run: pytest tests/e2e/test_stage1_distributed.py
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -100,7 +101,7 @@ def assert_trained_alike(folder: Path, reference: Path, tolerance: float) -> Non
         torch.testing.assert_close(made[name], wanted[name], rtol=0, atol=50 * tolerance, msg=name)
 
 
-def test_ddp_stops_on_a_signal_and_resumes_like_one_process(settings: Path, alone: Path) -> None:
+def test_ddp_stops_on_a_signal_and_resumes_on_two_processes_or_on_one(settings: Path, alone: Path) -> None:
     folder = settings.parent / "ddp"
     overrides = (f"run.output_dir={folder}", "run.batch_size=1", "run.num_workers=1", "run.sample_every_steps=6")
     slow_script = settings.parent / "slow_train_stage1.py"
@@ -117,8 +118,11 @@ def test_ddp_stops_on_a_signal_and_resumes_like_one_process(settings: Path, alon
     saved = latest_checkpoint(folder)
     assert saved is not None, said
     assert "stopped by" in said and not (folder / "final").exists()
+    on_one = shutil.copytree(folder, settings.parent / "ddp_on_one")
     assert f"going on from {saved}" in succeed(settings, *overrides, processes=2)
     assert_trained_alike(folder, alone, 2e-5)
+    succeed(settings, f"run.output_dir={on_one}")
+    assert_trained_alike(on_one, alone, 2e-5)
     assert read_marker(folder / "checkpoint-6")["totals"] == read_marker(alone / "checkpoint-6")["totals"]
     assert (folder / "samples" / "step-6.html").is_file()
 
