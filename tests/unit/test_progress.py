@@ -23,11 +23,19 @@ def test_figures_that_are_there_come_in_a_fixed_order() -> None:
     assert figures_line({"eval_toy_loss": 2.0}) == "held out toy_loss 2.0000"
 
 
-def test_without_a_terminal_one_line_per_log_and_only_on_the_first_rank(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("llmga").propagate = True
-    with caplog.at_level(logging.INFO, "llmga"):
+def test_without_a_terminal_one_line_per_log_and_only_on_the_first_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: lines.append(record.getMessage()))
+    logger = logging.getLogger("llmga.progress")  # a handler of its own: others may hang on the loggers above
+    monkeypatch.setattr(logger, "handlers", [handler])
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
         for shown in (True, False):
             with RunProgress(20, shown) as progress:
                 progress.advance(9)
                 progress.report(10, {"loss": 1.0})
-    assert [record.getMessage() for record in caplog.records] == ["step 10/20  loss 1.0000"]
+    finally:
+        logger.setLevel(level)
+    assert lines == ["step 10/20  loss 1.0000"]
