@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +26,9 @@ class RunProgress:
         self._bar: Progress | None = None
         if shown and sys.stderr.isatty():
             self._bar = Progress(
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.description}"),
+                BarColumn(bar_width=12),
+                MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(total_steps)) + 1)),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
                 console=Console(stderr=True),
                 refresh_per_second=4,
             )
@@ -51,11 +52,11 @@ class RunProgress:
 
     def report(self, step: int, figures: dict[str, Any]) -> None:
         """Show the figures of one log: beside the bar, or as a line where there is no terminal."""
-        text = figures_line(figures)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=text)
-        elif self._shown:
-            logger.info("step %d/%d  %s", step, self.total_steps, text)
+        if self._bar is not None and "loss" in figures:
+            short = {key: value for key, value in figures.items() if key not in ("lr", "grad_norm")}
+            self._bar.update(self._task, completed=step, description=figures_line(short))
+        elif self._shown:  # held-out losses stay as lines above the bar
+            logger.info("step %d/%d  %s", step, self.total_steps, figures_line(figures))
 
 
 def figures_line(figures: dict[str, Any]) -> str:

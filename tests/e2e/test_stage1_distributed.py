@@ -120,15 +120,15 @@ def test_ddp_stops_on_a_signal_and_resumes_on_two_processes_or_on_one(settings: 
     assert "stopped by" in said and not (folder / "final").exists()
     on_one = shutil.copytree(folder, settings.parent / "ddp_on_one")
     assert f"going on from {saved}" in succeed(settings, *overrides, processes=2)
-    assert_trained_alike(folder, alone, 2e-5)
+    assert_trained_alike(folder, alone, 5e-6)
     succeed(settings, f"run.output_dir={on_one}")
-    assert_trained_alike(on_one, alone, 2e-5)
+    assert_trained_alike(on_one, alone, 5e-6)
     assert read_marker(folder / "checkpoint-6")["totals"] == read_marker(alone / "checkpoint-6")["totals"]
     assert (folder / "samples" / "step-6.html").is_file()
 
 
 def test_zero2_trains_like_one_process(alone: Path, zero2: Path) -> None:
-    assert_trained_alike(zero2, alone, 2e-5)
+    assert_trained_alike(zero2, alone, 5e-6)
 
 
 def test_zero3_survives_the_death_of_a_rank_and_agrees_with_zero2(settings: Path, zero2: Path) -> None:
@@ -140,7 +140,7 @@ def test_zero3_survives_the_death_of_a_rank_and_agrees_with_zero2(settings: Path
     assert read_marker(folder / "checkpoint-4")["engine"] == "zero3", started.said()[-3000:]
     said = succeed(settings, *overrides, processes=2)
     assert f"going on from {folder / 'checkpoint-4'}" in said
-    assert_trained_alike(folder, zero2, 2e-5)
+    assert_trained_alike(folder, zero2, 5e-6)
     model, info = LlavaForConditionalGeneration.from_pretrained(folder / "final", output_loading_info=True)
     assert not any(info.values())
     assert all(parameter.numel() for parameter in model.parameters())
