@@ -48,6 +48,7 @@ def write_folder_atomically(folder: Path) -> Iterator[Path]:
     try:
         yield aside
         for path in _files(aside):
+            path.chmod(aside.stat().st_mode & 0o666)  # safetensors writes for the owner alone, whatever the umask
             _fsync(path)
         os.replace(aside, folder)
         _fsync(folder.parent)

@@ -7,6 +7,7 @@ command is started in.
 
 import importlib.util
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -171,7 +172,8 @@ def load_config_or_exit(schema: type[Schema], path: Path | None, overrides: Sequ
     try:
         return load_config(schema, path, overrides)
     except ConfigError as error:
-        sys.stderr.write(f"{error}\n")
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # a launcher starts several, and one report is enough
+            sys.stderr.write(f"{error}\n")
         raise SystemExit(EXIT_BAD_INPUT) from None
 
 

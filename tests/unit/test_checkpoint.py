@@ -115,3 +115,10 @@ def test_a_full_disk_is_recognised_behind_the_errors_of_libraries() -> None:
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="final is not a checkpoint"):
         checkpoint_step(tmp_path / "final")
+
+
+def test_files_of_a_finished_folder_are_as_open_as_the_umask_says(tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    with write_folder_atomically(final) as aside:
+        (aside / "weights.safetensors").touch(mode=0o600)
+    assert (final / "weights.safetensors").stat().st_mode & 0o777 == final.stat().st_mode & 0o666
