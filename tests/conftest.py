@@ -1,6 +1,8 @@
 """Settings of every test: one CPU thread, no network, caches in a temporary folder; marks follow from the folder."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,16 @@ SLOW_TIMEOUT_SECONDS = 300
 def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Indexes and converted files never land in, or come from, the user's cache."""
     os.environ["LLMGA_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def _library_logging_as_imported() -> Iterator[None]:
+    """What a test set up for the console is gone after it; pytest would catch a silenced logger's messages twice."""
+    yield
+    logger = logging.getLogger("llmga")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -47,7 +46,6 @@ def test_a_start_goes_on_from_the_last_whole_checkpoint_and_cuts_the_logs(tmp_pa
 
 
 def test_changed_settings_are_told_and_harmless_ones_are_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("llmga").propagate = True
     run = RunFolder(tmp_path / "run")
     run.start(config(run.path, seed=1), resume=True)
     run.start(config(run.path, seed=2, num_workers=7, threads=3), resume=True)
