@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
+from llmga.images import data_url
 from llmga.toyworld.grammar import parse_caption
 from llmga.toyworld.scene import ATTRIBUTES
 from llmga.toyworld.wording import WORDS
@@ -60,7 +59,7 @@ def _example(item: str, systems: Mapping[str, Mapping[str, Any]], picture: Image
     return {
         "id": item,
         "question": tuned["question"],
-        "picture": _data_url(picture) if picture is not None else None,
+        "picture": data_url(picture) if picture is not None else None,
         "expected": tuned["expected"],
         "wrong": _is_wrong(tuned),
         "replies": {
@@ -101,9 +100,3 @@ def _mark(word: str, said: set[str], wrong: set[str], extra: bool) -> str:
     if not values & said:
         return text
     return f'<b class="{"wrong" if extra or values & wrong else "right"}">{text}</b>'
-
-
-def _data_url(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

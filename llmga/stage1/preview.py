@@ -3,8 +3,6 @@
 Nothing is approximated for the page: the examples are the first ones of the run, made by the code that feeds it.
 """
 
-import base64
-import io
 import math
 import tempfile
 from collections import Counter, defaultdict
@@ -18,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from llmga.checkpoint import atomic_write
+from llmga.images import data_url
 from llmga.records import TASKS
 from llmga.stage1.config import Stage1Config
 from llmga.stage1.data import BadSampleBudget, Sample, Stage1Dataset, build_datasets
@@ -272,7 +271,7 @@ def _show(data: Stage1Dataset, sample: Sample) -> dict[str, Any]:
     overlay = None
     if picture is not None and example.mask is not None:
         hole = data.pixels.shown(Image.fromarray(example.mask.hole * np.uint8(255)).convert("RGB"))
-        overlay = _data_url(_tint(picture, np.asarray(hole)[..., 0] >= 128))
+        overlay = data_url(_tint(picture, np.asarray(hole)[..., 0] >= 128))
     return {
         "index": sample.index,
         "id": sample.record.id,
@@ -282,7 +281,7 @@ def _show(data: Stage1Dataset, sample: Sample) -> dict[str, Any]:
         "replaces": data.order[sample.index][1] != sample.row,
         "kind": example.kind,
         "chips": token_chips(data.tokenizer, encoded.input_ids, encoded.labels, image_token_id),
-        "picture": picture and _data_url(picture),
+        "picture": picture and data_url(picture),
         "size": picture and picture.size,
         "mask": example.mask,
         "overlay": overlay,
@@ -304,13 +303,6 @@ def _tint(picture: Image.Image, hole: np.ndarray) -> Image.Image:
     tinted[hole & light] = MASK_TINT
     tinted[hole & ~light] = np.array(MASK_TINT) * 3 // 5
     return Image.fromarray(tinted)
-
-
-def _data_url(picture: Image.Image) -> str:
-    """A picture as the text of an `src` attribute, without loss."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _environment() -> Environment:

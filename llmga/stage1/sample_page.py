@@ -3,8 +3,6 @@
 Each page is one file: pictures are inside it, nothing is fetched.
 """
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +13,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from llmga.checkpoint import atomic_write
+from llmga.images import data_url
 from llmga.runtime import MetricsLog
 from llmga.stage1.conversation import Turn
 from llmga.tokens import TAG_LITERALS
@@ -66,7 +65,7 @@ class SamplePages:
         rows: list[dict[str, Any]] = [
             {
                 "title": question.title,
-                "picture": _data_url(question.picture),
+                "picture": _thumbnail(question.picture),
                 "small": question.picture is not None and max(question.picture.size) < _THUMBNAIL_PX // 2,
                 "turns": question.turns,
                 "expected": _with_tags(question.expected),
@@ -77,15 +76,13 @@ class SamplePages:
         return _TEMPLATE.render(title=title, rows=rows, pages=[step for step, _ in steps] if links else [])
 
 
-def _data_url(picture: Image.Image | None) -> str | None:
+def _thumbnail(picture: Image.Image | None) -> str | None:
     """A small copy of a picture as the text of an `src` attribute."""
     if picture is None:
         return None
     small = picture.convert("RGB")
     small.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
-    buffer = io.BytesIO()
-    small.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_url(small)
 
 
 def _with_tags(text: str) -> Markup:

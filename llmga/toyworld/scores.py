@@ -9,10 +9,7 @@ import numpy as np
 from llmga.toyworld.edits import Edit, all_facts, holds
 from llmga.toyworld.grammar import ParsedCaption, parse_caption, says
 from llmga.toyworld.scene import Facts, Scene
-from llmga.toyworld.visibility import visible_share
-
-MIN_VISIBLE = 0.5
-"""Share of an object that must be outside of the hole for a prompt to be held to it."""
+from llmga.toyworld.visibility import MIN_VISIBLE, visible_share
 
 
 @dataclass

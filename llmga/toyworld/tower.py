@@ -22,14 +22,12 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from llmga.masks import random_mask
 from llmga.toyworld.render import render
 from llmga.toyworld.scene import ATTRIBUTES, BACKGROUNDS, Scene, sample_scene
-from llmga.toyworld.visibility import visible_share
+from llmga.toyworld.visibility import MIN_VISIBLE, visible_share
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 UNSEEN = -100
 """Label of what cannot be told from the picture; cross-entropy ignores it."""
-MIN_VISIBLE = 0.5
-"""Share of an object that must be outside of the hole for its attributes to be asked for."""
 KINDS = {"present": ("no", "yes"), **ATTRIBUTES}
 
 

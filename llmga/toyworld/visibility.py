@@ -7,6 +7,9 @@ import numpy as np
 from llmga.toyworld.render import cell_origin, object_layers
 from llmga.toyworld.scene import Scene
 
+MIN_VISIBLE = 0.5
+"""Share of an object that must be outside of the hole for its attributes to be asked for."""
+
 
 def visible_share(scene: Scene, cell: int, hole: np.ndarray) -> float:
     """Share of the cell's object, or of the empty cell, that lies outside of the hole.
