@@ -35,6 +35,26 @@ def stage1(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def preflight(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Check machine, packages, data, run folder and network for a run; `make preflight` starts it everywhere."""
+    with _one_clear_message():
+        settings = _stage1_settings(config, overrides)
+        from llmga.nodes.meeting import MeetingError
+        from llmga.nodes.preflight import give_up, preflight
+        from llmga.runtime import close_distributed, ranks_from_environment, setup_logging
+
+        ranks = ranks_from_environment()
+        setup_logging(ranks)
+        try:
+            report = preflight(settings, ranks)
+        except MeetingError as error:
+            raise typer.Exit(give_up(error)) from None
+        for line in report:
+            typer.echo(line)
+        close_distributed()
+
+
+@app.command()
 def preview(
     config: ConfigFile,
     overrides: Overrides = None,

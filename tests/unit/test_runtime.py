@@ -127,7 +127,7 @@ def test_ranks_are_read_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> No
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "0")  # so that monkeypatch restores them
         monkeypatch.delenv(name)
-    assert runtime._ranks_from_environment() == Ranks(5, 1, 8)
+    assert runtime.ranks_from_environment() == Ranks(5, 1, 8)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name)
 
