@@ -41,7 +41,7 @@ def preflight(config: ConfigFile, overrides: Overrides = None) -> None:
         settings = _stage1_settings(config, overrides)
         from llmga.nodes.meeting import MeetingError
         from llmga.nodes.preflight import give_up, preflight
-        from llmga.runtime import close_distributed, ranks_from_environment, setup_logging
+        from llmga.runtime import barrier, close_distributed, ranks_from_environment, setup_logging
 
         ranks = ranks_from_environment()
         setup_logging(ranks)
@@ -51,6 +51,7 @@ def preflight(config: ConfigFile, overrides: Overrides = None) -> None:
             raise typer.Exit(give_up(error)) from None
         for line in report:
             typer.echo(line)
+        barrier()  # rank 0 holds what the others still read
         close_distributed()
 
 

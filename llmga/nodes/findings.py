@@ -38,17 +38,17 @@ def compare(everybody: Sequence[Facts]) -> list[Finding]:
     for who, (found, expected) in _differing(everybody, "versions"):
         way_out = "let all share one checkout and one .venv, or install constraints.txt on each machine"
         findings.append(
-            Finding(f"{who} has {_join(found, ' ')}, expected {_join(expected, ' ')} {as_first}; {way_out}")
+            Finding(f"{who}: found {_join(found, ' ')}, expected {_join(expected, ' ')} {as_first}; {way_out}")
         )
     for who, (found, expected) in _differing(everybody, "settings"):
         way_out = "start every machine with the same config file and the same overrides"
-        findings.append(Finding(f"{who} was given {_join(found)}, expected {_join(expected)} {as_first}; {way_out}"))
+        findings.append(Finding(f"{who}: found {_join(found)}, expected {_join(expected)} {as_first}; {way_out}"))
     if findings:
         return findings  # other paths or libraries explain whatever else differs
     for who, (found, expected) in _differing(everybody, "inputs"):
         for path, what in found.items():
             way_out = "put the same data at the same path on every machine"
-            text = f"{who} finds {path} {what}, expected {expected[path]} {as_first}; {way_out}"
+            text = f"{who}: found {path} {what}, expected {expected[path]} {as_first}; {way_out}"
             findings.append(Finding(text))
     return [*findings, *_devices(everybody, as_first), *_room(everybody)]
 
@@ -68,7 +68,7 @@ def _devices(everybody: Sequence[Facts], as_first: str) -> list[Finding]:
             findings.append(Finding(text))
     for who, [gpus] in _grouped(everybody, lambda facts: (facts["gpus"],)):
         if gpus != first["gpus"]:
-            text = f"{who} sees {gpus} GPUs, expected {first['gpus']} {as_first}; "
+            text = f"{who}: found {gpus} visible GPUs, expected {first['gpus']} {as_first}; "
             text += "see nvidia-smi and CUDA_VISIBLE_DEVICES there, and what the job asked for"
             findings.append(Finding(text, stops=0 in (gpus, first["gpus"])))
     for what, name, way_out in (
@@ -77,7 +77,7 @@ def _devices(everybody: Sequence[Facts], as_first: str) -> list[Finding]:
     ):
         for who, [found] in _grouped(everybody, lambda facts, name=name: [name(facts)]):  # type: ignore[misc]
             if found and found != name(first):
-                text = f"{who} has the {what} {found}, expected {name(first)} {as_first}; {way_out}"
+                text = f"{who}: found the {what} {found}, expected {name(first)} {as_first}; {way_out}"
                 findings.append(Finding(text, stops=False))
     for facts in everybody:
         gpu = facts["gpu"]
@@ -101,7 +101,7 @@ def _room(everybody: Sequence[Facts]) -> list[Finding]:
     findings = []
     for who, [limit] in _grouped(everybody, lambda facts: (facts["open_files"],)):
         if limit < _OPEN_FILES:
-            text = f"{who} may open {limit} files, expected {_OPEN_FILES} or more; raise `ulimit -n` there"
+            text = f"{who}: found a limit of {limit} open files, expected {_OPEN_FILES} or more; raise `ulimit -n`"
             findings.append(Finding(text, stops=False))
     disk = everybody[0]["disk"]
     needed = disk["checkpoint"] * disk["more"]
@@ -130,10 +130,10 @@ def folder_findings(folder: str, everybody: Sequence[Facts], seconds: float) -> 
     findings = []
     for who, [seen, there, refused] in _grouped(everybody, lambda f: (f["seen"], f["folder"], f["refused"])):
         if not seen:
-            text = f"{who} does not see at {there} what rank 0 on {host} wrote to {folder} {seconds:g} s before; "
+            text = f"{who}: found nothing at {there} of what rank 0 on {host} wrote to {folder} {seconds:g} s before; "
             findings.append(Finding(text + "give run.output_dir a folder that all machines share, by its full path"))
         elif refused:
-            text = f"{who} cannot write to {there} ({refused}), which rank 0 on {host} can; "
+            text = f"{who}: found {there} closed to writing ({refused}), expected it open as for rank 0 on {host}; "
             findings.append(Finding(text + "give the folder the same owner and rights on every machine"))
     for name, ahead in {facts["host"]: facts["clock"] for facts in everybody}.items():
         if abs(ahead) > _CLOCK_SECONDS:
@@ -161,7 +161,7 @@ def _differing(everybody: Sequence[Facts], key: str) -> list[tuple[str, tuple[di
     """Who differs from rank 0 in a dictionary of facts, and in what: the values found, and rank 0's."""
     expected = everybody[0][key]
     result = []
-    for who, [pairs] in _grouped(everybody, lambda facts: (sorted(facts[key].items()),)):
+    for who, [pairs] in _grouped(everybody, lambda facts: (list(facts[key].items()),)):
         values = dict(pairs)
         names = [name for name in {**expected, **values} if values.get(name) != expected.get(name)]
         if names:

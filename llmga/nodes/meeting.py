@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -69,7 +70,7 @@ class Meeting:
             return None
         missing = self._wait(keys)
         if missing:
-            raise MeetingError(self.end(self._missing(topic, missing)))
+            raise MeetingError(self.end(self._missing(topic, missing), missing))
         return [json.loads(value) for value in self._store.multi_get(keys)]
 
     def tell(self, topic: str, value: Any = None) -> Any:
@@ -104,10 +105,12 @@ class Meeting:
         self._agreed += 1
         self.tell(f"agreement {self._agreed}", True)
 
-    def end(self, reason: str) -> str:
-        """On rank 0: tell the others why the run ends, and give those who are here the time to hear it."""
+    def end(self, reason: str, missing: Sequence[int] = ()) -> str:
+        """On rank 0: tell the others why the run ends, and give all but the missing ones the time to hear it."""
         self._store.set(_END, json.dumps(reason))
-        self._wait([f"heard/{rank}" for rank in range(1, self.ranks.world_size)], _GRACE_SECONDS)
+        present = [rank for rank in range(1, self.ranks.world_size) if rank not in missing]
+        if present:
+            self._wait([f"heard/{rank}" for rank in present], _GRACE_SECONDS)
         return reason
 
     def _connect(self) -> dist.Store:

@@ -152,12 +152,12 @@ FAULTS = {
     "settings": (
         all_is_well,
         {1: "optim.lr=0.5"},
-        r"rank 1 on \S+ was given optim\.lr=0\.5, expected optim\.lr=0\.01 as rank 0 on \S+ has; start every machine",
+        r"rank 1 on \S+: found optim\.lr=0\.5, expected optim\.lr=0\.01 as rank 0 on \S+ has; start every machine",
     ),
     "versions": (
         rank_1_has_another_transformers,
         {},
-        r"rank 1 on \S+ has transformers 5\.0\.1, expected transformers 5\.[\d.]+ as rank 0 on \S+ has; let all share",
+        r"rank 1 on \S+: found transformers 5\.0\.1, expected transformers 5\.[\d.]+ as rank 0 on \S+ has; let all",
     ),
     "wrong sum": (
         rank_1_adds_wrongly,
@@ -197,7 +197,7 @@ def test_a_run_folder_that_only_rank_0_has(settings: Path, tmp_path: Path) -> No
     run = start(settings, "run.output_dir=mine", *BRIEF, processes=2, sabotage=partial(each_lives_elsewhere, tmp_path))
     assert run.wait() == [EXIT_BAD_INPUT, EXIT_BAD_INPUT], run.said()
     sentence = (
-        r"rank 1 on \S+ does not see at \S+home1/mine what rank 0 on \S+ wrote to \S+home0/mine 6 s before; "
+        r"rank 1 on \S+: found nothing at \S+home1/mine of what rank 0 on \S+ wrote to \S+home0/mine 6 s before; "
         r"give run\.output_dir a folder that all machines share, by its full path"
     )
     assert re.search(sentence, run.said()), run.said()
@@ -215,7 +215,7 @@ def test_the_preflight_may_only_warn(settings: Path, alone: Path) -> None:
     folder = settings.parent / "warned"
     overrides = (f"run.output_dir={folder}", "run.batch_size=1", "run.preflight=warn")
     said = succeed(settings, *overrides, processes=2, of_rank={1: "run.num_workers=1"})
-    assert "rank 1 on" in said and "was given run.num_workers=1, expected run.num_workers=0" in said
+    assert ": found run.num_workers=1, expected run.num_workers=0 as rank 0 on" in said
     assert_trained_alike(folder, alone, 5e-6)
 
 
