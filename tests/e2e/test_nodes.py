@@ -219,12 +219,14 @@ def test_the_preflight_may_only_warn(settings: Path, alone: Path) -> None:
     assert_trained_alike(folder, alone, 5e-6)
 
 
-def test_the_preflight_is_a_command_of_its_own(settings: Path) -> None:
-    launch = [sys.executable, "-m", "llmga.nodes.launch", "--nproc=2", "-m", "llmga", "preflight", str(settings)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_the_preflight_is_a_command_of_its_own(settings: Path, launcher: str) -> None:
+    launch = [sys.executable, "-m", "llmga.nodes.launch", "--nproc=2", f"--launcher={launcher}"]
+    launch += [f"--master-port={free_port()}", "-m", "llmga", "preflight", str(settings)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
-    line, machine, verdict = done.stdout.splitlines()
-    assert line.endswith(f"-m llmga preflight {settings}")
-    assert re.fullmatch(r"\S+: ranks 0-1; .*; Python \S+ torch \S+( CUDA \S+ NCCL \S+)?", machine)
-    assert re.search(r"^2 processes on \S+ agree on .*; all-reduce \d+\.\d\d GB/s; [\d,]+ GB free; checked in", verdict)
+    assert done.stdout.splitlines()[0].endswith(f"llmga preflight {settings}")
+    assert re.search(r"^\S+: ranks 0-1; .*; Python \S+ torch \S+( CUDA \S+ NCCL \S+)?$", done.stdout, re.MULTILINE)
+    verdict = r"^2 processes on \S+ agree on .*; all-reduce \d+\.\d\d GB/s; [\d,]+ GB free; checked in \d+\.\d s$"
+    assert re.search(verdict, done.stdout, re.MULTILINE)
