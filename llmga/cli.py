@@ -38,7 +38,10 @@ def stage1(config: ConfigFile, overrides: Overrides = None) -> None:
 def preflight(config: ConfigFile, overrides: Overrides = None) -> None:
     """Check machine, packages, data, run folder and network for a run; `make preflight` starts it everywhere."""
     with _one_clear_message():
-        settings = _stage1_settings(config, overrides)
+        from llmga.nodes.settings import load_config_together
+        from llmga.stage1.config import Stage1Config
+
+        settings = load_config_together(Stage1Config, config, overrides or ())
         from llmga.nodes.meeting import MeetingError
         from llmga.nodes.preflight import give_up, preflight
         from llmga.runtime import barrier, close_distributed, ranks_from_environment, setup_logging

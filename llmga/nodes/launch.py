@@ -23,8 +23,8 @@ from llmga.slurm import meeting_place
 EXIT_BAD_INPUT = 2  # as in llmga.config, which needs installed packages
 LAUNCHERS = ("torchrun", "deepspeed", "slurm", "python")
 DEFAULT_PORT = 29500
-# torchrun kills what has not ended so long after a signal; 30 s, its own choice, does not save a 7B model.
-SHUTDOWN_SECONDS = 600
+# torchrun kills what has not ended so long after a signal; its own 30 s are too few for a large model.
+SHUTDOWN_SECONDS = 900
 
 
 class LaunchError(ValueError):

@@ -140,9 +140,14 @@ def test_told_to_make_room_a_job_saves_requeues_goes_on_and_finishes(
 @pytest.mark.parametrize(
     ("number", "tasks", "code", "calls"),
     [
-        (signal.SIGUSR1, "trap 'exit 7' TERM; sleep 20 & wait", 0, ["scancel", "scontrol requeue 5"]),
-        (signal.SIGUSR1, "trap 'exit 0' TERM; sleep 20 & wait", 0, ["scancel"]),  # it had just finished
-        (signal.SIGTERM, "trap 'exit 7' TERM; sleep 20 & wait", 7, ["scancel"]),  # cancelled: it does not come back
+        (signal.SIGUSR1, "trap 'exit 7' TERM; sleep 3 >/dev/null & wait", 0, ["scancel", "scontrol requeue 5"]),
+        (signal.SIGUSR1, "trap 'exit 0' TERM; sleep 3 >/dev/null & wait", 0, ["scancel"]),  # it had just finished
+        (
+            signal.SIGTERM,
+            "trap 'exit 7' TERM; sleep 3 >/dev/null & wait",
+            7,
+            ["scancel"],
+        ),  # cancelled: it does not come back
         (None, "exit 3", 3, []),  # failed
     ],
 )

@@ -18,7 +18,7 @@ from llmga.nodes.launch import Launch, LaunchError, main, read_options
 REPOSITORY = Path(__file__).parents[2]
 RUN = ["train.py", "my.yaml", "a.b=[1, 2]"]
 TORCHRUN = ["py", "-m", "torch.distributed.run"]
-SIZE = ["--nproc_per_node=8", "--shutdown_timeout=600"]
+SIZE = ["--nproc_per_node=8", "--shutdown_timeout=900"]
 
 
 def launch(*options: str, environment: dict[str, str] | None = None) -> list[str]:

@@ -4,6 +4,7 @@ Run: pytest tests/unit/test_make.py
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -44,12 +45,12 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
         ([], ".venv/bin/python scripts/train_stage1.py configs/stage1/toy.yaml"),
         (
             ["NPROC=8", "ARGS=optim.lr=1e-5 run.seed=1"],
-            ".venv/bin/python -m torch.distributed.run --standalone --nproc_per_node=8 --shutdown_timeout=600 "
+            ".venv/bin/python -m torch.distributed.run --standalone --nproc_per_node=8 --shutdown_timeout=900 "
             "scripts/train_stage1.py configs/stage1/toy.yaml optim.lr=1e-5 run.seed=1",
         ),
         (
             ["CONFIG=configs/stage1/x.yaml", "NPROC=8", "NODES=2", "MASTER_ADDR=first", "NODE_RANK=1"],
-            ".venv/bin/python -m torch.distributed.run --nnodes=2 --nproc_per_node=8 --shutdown_timeout=600 "
+            ".venv/bin/python -m torch.distributed.run --nnodes=2 --nproc_per_node=8 --shutdown_timeout=900 "
             "--node_rank=1 --master_addr=first --master_port=29500 scripts/train_stage1.py configs/stage1/x.yaml",
         ),
         (
@@ -184,3 +185,13 @@ def test_setup_that_failed_is_not_taken_for_done(clone: Path) -> None:
         failed = set_up(clone)
         assert failed.returncode == 1
         assert "no such package" in failed.stderr and "pip could not install the packages" in failed.stderr
+
+
+def test_the_lines_in_the_docs_are_those_that_are_printed() -> None:
+    shown = (REPOSITORY / "docs" / "cluster.md").read_text().splitlines()
+    lines = [(shlex.split(line)[2:], shown[i + 1]) for i, line in enumerate(shown) if line.startswith("$ make launch")]
+    assert len(lines) >= 6
+    for arguments, printed in lines:
+        assert make(*arguments).stdout == printed + "\n"
+    submitted = [line.split()[2] for line in shown if line.startswith("$ sbatch")]
+    assert submitted and all((REPOSITORY / script).is_file() for script in submitted)
