@@ -21,15 +21,17 @@ class Finding:
     Attributes:
         text: one sentence.
         stops: the run would fail or differ between machines; else it would only be slower, or fail later perhaps.
+        fatal: nothing can follow, so it stops the run even where `run.preflight` is "warn".
     """
 
     text: str
     stops: bool = True
+    fatal: bool = False
 
 
 def compare(everybody: Sequence[Facts]) -> list[Finding]:
     """Faults in what the processes know alone, rank 0 first; see `gather_facts`."""
-    faults = [Finding(facts["fault"]) for facts in everybody if "fault" in facts]
+    faults = [Finding(facts["fault"], fatal=True) for facts in everybody if "fault" in facts]
     if faults:
         return faults
     first = everybody[0]
@@ -150,7 +152,8 @@ def network_findings(everybody: Sequence[Facts]) -> list[Finding]:
     return [
         Finding(
             f"{who}: {fault}; test that machine alone (NODES=1), its network (NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME or "
-            "GLOO_SOCKET_IFNAME) and its GPUs"
+            "GLOO_SOCKET_IFNAME) and its GPUs",
+            fatal=True,
         )
         for who, [fault] in _grouped(everybody, lambda facts: (facts["fault"],))
         if fault

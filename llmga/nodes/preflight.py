@@ -118,7 +118,7 @@ def excuse(text: str) -> None:
 
 def _judge(meeting: Meeting | None, findings: Sequence[Finding], mode: str) -> None:
     """Rank 0 decides on its findings, and all hear whether the run goes on."""
-    stopping = [finding.text for finding in findings if finding.stops and mode == "stop"]
+    stopping = [finding.text for finding in findings if finding.fatal or (finding.stops and mode == "stop")]
     for finding in findings:
         if finding.text not in stopping:
             logger.warning("%s", finding.text)

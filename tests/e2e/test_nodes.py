@@ -211,11 +211,13 @@ def test_data_that_one_machine_lacks_is_told_on_the_others_too(settings: Path) -
     assert re.search(r"rank 1 on \S+: data\.sources\.0\.path.*absent\.jsonl does not exist", run.said()), run.said()
 
 
-def test_the_preflight_may_only_warn(settings: Path, alone: Path) -> None:
-    folder = settings.parent / "warned"
-    overrides = (f"run.output_dir={folder}", "run.batch_size=1", "run.preflight=warn")
+@pytest.mark.parametrize("mode", ["warn", "off"])
+def test_the_preflight_may_only_warn_or_be_left_out(settings: Path, alone: Path, mode: str) -> None:
+    folder = settings.parent / mode
+    overrides = (f"run.output_dir={folder}", "run.batch_size=1", f"run.preflight={mode}")
     said = succeed(settings, *overrides, processes=2, of_rank={1: "run.num_workers=1"})
-    assert ": found run.num_workers=1, expected run.num_workers=0 as rank 0 on" in said
+    warning = ": found run.num_workers=1, expected run.num_workers=0 as rank 0 on"
+    assert (warning in said, "agree on" in said) == (mode == "warn", mode == "warn")
     assert_trained_alike(folder, alone, 5e-6)
 
 

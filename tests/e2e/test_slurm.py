@@ -147,7 +147,7 @@ def test_told_to_make_room_a_job_saves_requeues_goes_on_and_finishes(
             "trap 'exit 7' TERM; sleep 3 >/dev/null & wait",
             7,
             ["scancel"],
-        ),  # cancelled: it does not come back
+        ),  # cancelled: stays away
         (None, "exit 3", 3, []),  # failed
     ],
 )
