@@ -56,7 +56,7 @@ def preflight(cfg: Any, ranks: Ranks, with_deepspeed: bool = False) -> list[str]
     """Meet, compare, try folder and network; the processes are joined when it returns.
 
     Returns:
-        On rank 0 one line for each machine and one for all; nothing elsewhere, or where `run.preflight` is off.
+        On rank 0 one line for each machine and one for all; nothing elsewhere, or where `run.preflight` is "skip".
     Raises:
         MeetingError: as for `start_together`.
     """
@@ -68,7 +68,7 @@ def preflight(cfg: Any, ranks: Ranks, with_deepspeed: bool = False) -> list[str]
         return [*_machines([mine]), "1 process, nobody to agree with"]
     meeting = Meeting(ranks, cfg.run.join_timeout_s)
     meeting.roll_call()
-    if cfg.run.preflight == "off":
+    if cfg.run.preflight == "skip":
         init_distributed(with_deepspeed, meeting.store_for_group)
         return []
     everybody = meeting.collect("facts", _facts_or_fault(cfg, ranks))

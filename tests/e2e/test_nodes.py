@@ -211,7 +211,7 @@ def test_data_that_one_machine_lacks_is_told_on_the_others_too(settings: Path) -
     assert re.search(r"rank 1 on \S+: data\.sources\.0\.path.*absent\.jsonl does not exist", run.said()), run.said()
 
 
-@pytest.mark.parametrize("mode", ["warn", "off"])
+@pytest.mark.parametrize("mode", ["warn", "skip"])
 def test_the_preflight_may_only_warn_or_be_left_out(settings: Path, alone: Path, mode: str) -> None:
     folder = settings.parent / mode
     overrides = (f"run.output_dir={folder}", "run.batch_size=1", f"run.preflight={mode}")
