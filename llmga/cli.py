@@ -35,6 +35,30 @@ def stage1(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def preflight(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Check machine, packages, data, run folder and network for a run; `make preflight` starts it everywhere."""
+    with _one_clear_message():
+        from llmga.nodes.settings import load_config_together
+        from llmga.stage1.config import Stage1Config
+
+        settings = load_config_together(Stage1Config, config, overrides or ())
+        from llmga.nodes.meeting import MeetingError
+        from llmga.nodes.preflight import give_up, preflight
+        from llmga.runtime import barrier, close_distributed, ranks_from_environment, setup_logging
+
+        ranks = ranks_from_environment()
+        setup_logging(ranks)
+        try:
+            report = preflight(settings, ranks)
+        except MeetingError as error:
+            raise typer.Exit(give_up(error)) from None
+        for line in report:
+            typer.echo(line)
+        barrier()  # rank 0 holds what the others still read
+        close_distributed()
+
+
+@app.command()
 def preview(
     config: ConfigFile,
     overrides: Overrides = None,

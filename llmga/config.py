@@ -103,6 +103,8 @@ class RunConfig:
     record_sample_ids: bool = False  # write the sample ids of every step, to compare two runs
     compile: bool = False  # torch.compile
     threads: AtLeastOne | None = None  # CPU threads per process; None leaves torch's choice
+    preflight: Literal["stop", "warn", "skip"] = "stop"  # what a fault that several processes find at the start does
+    join_timeout_s: AtLeastOne = 300  # seconds that the processes wait for each other at the start
 
     def __post_init__(self) -> None:
         if self.max_steps is None and self.epochs is None:

@@ -29,7 +29,16 @@ _FULL_BYTES = 1 << 16  # free on a disk that is full; some errors do not say why
 logger = logging.getLogger(__name__)
 
 # Settings that may change from one start to the next without the result changing.
-_HARMLESS = ("run.resume", "run.threads", "run.num_workers", "run.keep_last", "run.trackers", "run.record_sample_ids")
+_HARMLESS = (
+    "run.resume",
+    "run.threads",
+    "run.num_workers",
+    "run.keep_last",
+    "run.trackers",
+    "run.record_sample_ids",
+    "run.preflight",
+    "run.join_timeout_s",
+)
 
 
 class ResumeError(ValueError):

@@ -1,11 +1,12 @@
 """Teach an MLLM to write generation prompts (stage 1), or go on with a run that stopped.
 
     python scripts/train_stage1.py configs/stage1/toy.yaml
-    torchrun --nproc_per_node 2 scripts/train_stage1.py configs/stage1/toy.yaml optim.lr=1e-4
+    torchrun --nproc_per_node 2 --shutdown_timeout 900 scripts/train_stage1.py configs/stage1/toy.yaml optim.lr=1e-4
     deepspeed scripts/train_stage1.py configs/stage1/toy.yaml run.deepspeed=configs/deepspeed/zero3.json
 
-Ctrl-C or SIGTERM saves and stops; the same command goes on. torchrun kills its processes 30 s after a signal: set
-TORCH_ELASTIC_SHUTDOWN_TIMEOUT to the seconds that a large model needs to save.
+Ctrl-C or SIGTERM saves and stops; the same command goes on. Without --shutdown_timeout, torchrun kills its processes 30
+s after a signal, and so does deepspeed, whose patience cannot be changed: a model that needs longer to save wants
+torchrun, which starts ZeRO runs as well. `make stage1` sets the timeout.
 
 Exit codes: 0 done, 1 failed, 2 bad input or settings, 130 interrupted with the state saved.
 """
@@ -15,7 +16,8 @@ import os
 import sys
 from pathlib import Path
 
-from llmga.config import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, load_config_or_exit
+from llmga.config import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
+from llmga.nodes.settings import load_config_together
 from llmga.stage1.config import Stage1Config
 
 
@@ -26,9 +28,11 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings on top of the file's")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     options = parser.parse_intermixed_args()
-    cfg = load_config_or_exit(Stage1Config, options.config, options.overrides)
+    cfg = load_config_together(Stage1Config, options.config, options.overrides)
 
-    from llmga.runtime import Interrupted, RunFailed, close_distributed  # torch only now that the settings are sound
+    from llmga.nodes.meeting import MeetingError  # torch only now that the settings are sound
+    from llmga.nodes.preflight import give_up
+    from llmga.runtime import Interrupted, RunFailed, close_distributed
     from llmga.stage1.train import train
 
     try:
@@ -37,6 +41,8 @@ def main() -> int:
         code = _tell(str(stop), EXIT_INTERRUPTED)
     except RunFailed as failure:
         return _tell(str(failure), EXIT_FAILED)  # other ranks may be gone: leave without waiting for them
+    except MeetingError as error:
+        return give_up(error)
     except ValueError as error:
         if not type(error).__module__.startswith("llmga."):
             raise  # nothing that we foresaw

@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from llmga.checkpoint import checkpoint_step, read_marker
 from llmga.config import dump_config
+from llmga.nodes.preflight import start_together
 from llmga.progress import RunProgress
 from llmga.run_folder import RunFolder, check_fits, explaining_full_disk, hashes, way_on
 from llmga.runtime import (
@@ -26,10 +27,8 @@ from llmga.runtime import (
     StopSignal,
     environment,
     from_main,
-    init_distributed,
     on_main,
     seed_everything,
-    setup_logging,
 )
 from llmga.stage1.arguments import engine_name, training_arguments
 from llmga.stage1.callbacks import BadSamples, CompleteCheckpoints, Figures, SampleReplies, StopWhenAsked
@@ -61,8 +60,7 @@ def train(cfg: Stage1Config) -> Path:
     """
     # Setup
     engine = engine_name(cfg.run.deepspeed)
-    ranks = init_distributed(with_deepspeed=engine != "plain")
-    setup_logging(ranks)
+    ranks = start_together(cfg, with_deepspeed=engine != "plain")
     run = RunFolder(cfg.run.output_dir)
     if from_main(run.is_finished and cfg.run.resume):
         run.say_finished(cfg)

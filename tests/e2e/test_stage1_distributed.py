@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import LlavaForConditionalGeneration
 from transformers.trainer_callback import CallbackHandler
 
@@ -25,30 +24,19 @@ from llmga.stage1.train import train
 from tests.e2e.stage1_run import (
     PATIENCE,
     ROOT,
-    SCRIPT,
+    assert_trained_alike,
     command,
-    lines,
-    losses,
     make_inputs,
-    sample_ids,
+    slow_script,
     start,
     succeed,
     wait_for,
-    weights,
 )
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 ZERO2 = f"run.deepspeed={ROOT / 'configs/deepspeed/zero2.json'}"
 ZERO3 = f"run.deepspeed={ROOT / 'configs/deepspeed/zero3.json'}"
-SLOW_SCRIPT = f"""
-import runpy, time
-from transformers.trainer_callback import CallbackHandler
-
-begin = CallbackHandler.on_step_begin
-CallbackHandler.on_step_begin = lambda *args: (time.sleep(0.3), begin(*args))[1]
-runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
-"""
 
 
 def one_dies_after_step_5() -> None:
@@ -84,29 +72,10 @@ def zero2(settings: Path) -> Path:
     return folder
 
 
-def assert_trained_alike(folder: Path, reference: Path, tolerance: float) -> None:
-    """Same examples in every step, same losses, same held-out losses, same weights."""
-    assert sample_ids(folder) == sample_ids(reference)
-    assert list(losses(folder)) == [1, 2, 3, 4, 5, 6]
-    assert list(losses(folder).values()) == pytest.approx(list(losses(reference).values()), abs=tolerance)
-    held_out, expected = (
-        {key: value for line in lines(f / "metrics.jsonl") for key, value in line.items() if key.startswith("eval_")}
-        for f in (folder, reference)
-    )
-    assert held_out.keys() == expected.keys() == {"eval_pictures_loss", "eval_texts_loss"}
-    assert held_out == pytest.approx(expected, abs=tolerance)
-    made, wanted = weights(folder / "final"), weights(reference / "final")
-    assert made.keys() == wanted.keys()
-    for name in wanted:
-        torch.testing.assert_close(made[name], wanted[name], rtol=0, atol=50 * tolerance, msg=name)
-
-
 def test_ddp_stops_on_a_signal_and_resumes_on_two_processes_or_on_one(settings: Path, alone: Path) -> None:
     folder = settings.parent / "ddp"
     overrides = (f"run.output_dir={folder}", "run.batch_size=1", "run.num_workers=1", "run.sample_every_steps=6")
-    slow_script = settings.parent / "slow_train_stage1.py"
-    slow_script.write_text(SLOW_SCRIPT)
-    torchrun = command(settings, *overrides, processes=2, script=slow_script)
+    torchrun = command(settings, *overrides, processes=2, script=slow_script(settings.parent))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     launcher = subprocess.Popen(torchrun, env=environment, stderr=subprocess.PIPE, text=True)
     try:

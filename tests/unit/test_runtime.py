@@ -124,12 +124,22 @@ def test_ranks_are_read_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("SLURM_LOCALID", "1")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     monkeypatch.setenv("MASTER_ADDR", "node1")
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")  # so that monkeypatch restores them
         monkeypatch.delenv(name)
-    assert runtime._ranks_from_environment() == Ranks(5, 1, 8)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    assert runtime.ranks_from_environment() == Ranks(5, 1, 8)
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("node1", "29500")
+
+
+def test_tasks_of_srun_need_no_meeting_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores them
         monkeypatch.delenv(name)
+    step = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8"}
+    for name, value in {**step, "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_JOB_ID": "17"}.items():
+        monkeypatch.setenv(name, value)
+    assert runtime.ranks_from_environment() == Ranks(5, 1, 8)
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu03", "20017")
 
 
 def test_one_process_agrees_with_itself() -> None:
