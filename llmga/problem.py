@@ -12,3 +12,6 @@ class Problem(str):
         problem = super().__new__(cls, text)
         problem.code = code
         return problem
+
+    def __reduce__(self) -> tuple[type["Problem"], tuple[str, str]]:
+        return Problem, (self.code, str(self))

@@ -7,6 +7,7 @@ neither happens here: the picture is put in when the example is loaded, and only
 
 import json
 import logging
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -195,7 +196,15 @@ class PublishedManifest(Manifest):
 
     def where(self, index: int) -> str:
         """The place of a row for messages: `FILE[ROW]` of the published file."""
-        return f"{self.origin}[{int(self[index].id.rsplit('-', 1)[1])}]"
+        return f"{self.origin}[{self._origin_row(index)}]"
+
+    def find_row(self, row: int) -> int | None:
+        """The index of the record that row `row` of the published file became; None where the reader skipped it."""
+        index = bisect_left(range(len(self)), row, key=self._origin_row)  # rows keep their order
+        return index if index < len(self) and self._origin_row(index) == row else None
+
+    def _origin_row(self, index: int) -> int:
+        return int(self[index].id.rsplit("-", 1)[1])
 
     def __reduce__(self) -> tuple[Callable[..., Manifest], tuple[Any, ...]]:
         return _reopen, (self.origin, self.path, self.image_root, self.state)

@@ -306,6 +306,10 @@ class Manifest(Sequence[Record]):
     def __reduce__(self) -> tuple[Callable[..., "Manifest"], tuple[Path, Path, tuple[int, int]]]:
         return _reopen, (self.path, self.image_root, self.state)
 
+    def find_row(self, row: int) -> int | None:
+        """The index of the record that row `row` of the file became; None where it became none."""
+        return row if 0 <= row < self._length else None
+
     def where(self, index: int) -> str:
         """The place of a row for messages: `FILE:LINE`, or `FILE[ROW]` of a Parquet file."""
         return self._place(index)
