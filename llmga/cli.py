@@ -70,7 +70,7 @@ def check(
     max_ratio: Annotated[float, typer.Option(min=1, help="Warn of sides that differ by more.")] = 5.0,
     max_pixels: Annotated[int | None, typer.Option(min=1, help="Refuse larger pictures.")] = None,
     mask_area: Annotated[tuple[float, float], typer.Option(help="Usual share of a mask.")] = (0.005, 0.95),
-    near: Annotated[int, typer.Option(help="Bits by which similar pictures may differ; 0: do not compare.")] = 6,
+    near: Annotated[int, typer.Option(help="Bits by which similar pictures may differ; 0: do not compare.")] = 10,
     max_chunks: Annotated[int, typer.Option(min=1, help="Windows of 75 CLIP tokens of a prompt.")] = 4,
     max_length: Annotated[int, typer.Option(min=1, help="LLM tokens of a row, for --tokenizer.")] = 2048,
 ) -> None:

@@ -42,7 +42,7 @@ def find_similar(hashes: np.ndarray, bits: int, signatures_of: SignaturesOf, oth
 
     Args:
         hashes: (N, 16) uint8 of `difference_hash`.
-        bits: by which hashes may differ, 0 to 7.
+        bits: by which hashes may differ; up to 7 every pair is found, beyond that most.
         signatures_of: the (n, 9, 9, 3) small pictures of an array of n numbers.
         others: the first so many pictures are another set: the rest are compared with them, and with them alone.
     Returns:
@@ -60,7 +60,10 @@ def find_similar(hashes: np.ndarray, bits: int, signatures_of: SignaturesOf, oth
                 for other in range(0 if others else start, len(right), _BLOCK):
                     blocks = left[start : start + _BLOCK], right[other : other + _BLOCK]
                     _link(*blocks, hashes, bits, signatures_of, like, leaders_only=not others)
-    return like
+    first = np.where(like >= 0, like, np.arange(len(like)))
+    while (nearer := first[first] != first).any():  # a copy of a copy names what that one names
+        first[nearer] = first[first[nearer]]
+    return np.where(like >= 0, first, -1)
 
 
 def _link(

@@ -43,12 +43,13 @@ def thumbnail(path: Path) -> str | None:
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:
-        with warnings.catch_warnings(), Image.open(path) as picture:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if picture.width * picture.height > MAX_PIXELS:
-                return None
-            picture.draft("RGB", (2 * _THUMBNAIL_PX, 2 * _THUMBNAIL_PX))
-            small = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+            with Image.open(path) as picture:
+                if picture.width * picture.height > MAX_PIXELS:
+                    return None
+                picture.draft("RGB", (2 * _THUMBNAIL_PX, 2 * _THUMBNAIL_PX))
+                small = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
             small.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
             return data_url(small)
     except Exception:  # it is among the worst for a reason, and Pillow's decoders raise anything

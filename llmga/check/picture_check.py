@@ -67,7 +67,7 @@ def check_picture(root: str, name: str, role: str, settings: CheckSettings) -> P
             facts.problems.append(problem)
             return facts
         _read_bytes(path, facts)
-        upright = open_picture(path, settings.max_pixels, lambda stored: _look(stored, name, facts))
+        upright = open_picture(path, settings.max_pixels, lambda stored: _look(stored, name, role, facts))
     except PictureError as error:
         facts.problems.append(Problem(error.code, error.reason))
         return facts
@@ -76,7 +76,8 @@ def check_picture(root: str, name: str, role: str, settings: CheckSettings) -> P
         _check_mask(upright, facts, settings)
         return facts
     facts.problems += _shape_problems(upright.size, settings)
-    small = upright.resize((SIGNATURE_SIDE, SIGNATURE_SIDE), Image.Resampling.BOX, reducing_gap=1.0)
+    # With a gap of 3 copies of other sizes give nearly the same small picture, at a quarter of the time without one.
+    small = upright.resize((SIGNATURE_SIDE, SIGNATURE_SIDE), Image.Resampling.BILINEAR, reducing_gap=3.0)
     facts.signature = small.tobytes()
     if upright.getcolors(1) is not None:
         facts.problems.append(Problem("blank_picture", f"every pixel is {upright.getpixel((0, 0))}"))
@@ -93,8 +94,8 @@ def _read_bytes(path: Path, facts: PictureFacts) -> None:
     facts.bytes, facts.sha256 = len(content), sha256(content).hexdigest()
 
 
-def _look(stored: Image.Image, name: str, facts: PictureFacts) -> None:
-    """Note what the file holds before it is converted."""
+def _look(stored: Image.Image, name: str, role: str, facts: PictureFacts) -> None:
+    """Note what the file holds before it is converted; any mode serves for a mask."""
     facts.format, facts.mode = stored.format or "", stored.mode
     suffix = os.path.splitext(name)[1].lower()
     if suffix not in _SUFFIXES.get(facts.format, (suffix,)):
@@ -103,6 +104,8 @@ def _look(stored: Image.Image, name: str, facts: PictureFacts) -> None:
         facts.problems.append(Problem("animated", f"{getattr(stored, 'n_frames', 2)} frames"))
     if (orientation := read_orientation(stored)) != 1:
         facts.problems.append(Problem("rotated", f"EXIF orientation {orientation}"))
+    if role == "mask":
+        return
     if stored.has_transparency_data:
         facts.problems.append(Problem("alpha", f"mode {stored.mode}"))
     if code := _MODE_CODES.get(stored.mode):

@@ -34,7 +34,8 @@ class CheckSettings:
         resume: go on from an unfinished check in `out` when its settings and files are the same.
         min_side, max_ratio, max_pixels: what pictures are warned of or refused for.
         mask_area: smallest and largest share of a picture that a mask usually covers.
-        near: bits of 128 by which the hashes of similar pictures may differ; 0 does not compare them.
+        near: bits of 128 by which the hashes of similar pictures may differ; 0 does not compare them. Up to 7 none is
+            missed; of pairs that differ in 10, one in ten.
         max_chunks: windows of 75 CLIP tokens that stage 2 gives a prompt.
         max_length: LLM tokens, for `tokenizer`.
     """
@@ -58,7 +59,7 @@ class CheckSettings:
     max_ratio: float = 5.0
     max_pixels: int = MAX_PIXELS
     mask_area: tuple[float, float] = (0.005, 0.95)
-    near: int = 6
+    near: int = 10
     max_chunks: int = 4
     max_length: int = 2048
 
@@ -71,8 +72,8 @@ class CheckSettings:
                     raise CheckError(f"{option} {code!r} is no kind of problem; {hint}")
         if self.fail_on not in SEVERITIES:
             raise CheckError(f"--fail-on {self.fail_on!r} is no severity; expected {', '.join(SEVERITIES)}")
-        if not 0 <= self.near <= 7:
-            raise CheckError(f"--near {self.near} bits; expected 0 (off) to 7, further than that pictures just differ")
+        if not 0 <= self.near <= 16:
+            raise CheckError(f"--near {self.near} bits; expected 0 (off) to 16, further than that pictures just differ")
         if self.image_root is not None and not self.image_root.is_dir():
             raise CheckError(f"--image-root {self.image_root} is not a folder; it is where pictures count from")
 
