@@ -94,7 +94,7 @@ _ROWS: tuple[tuple[str, Severity, str, str], ...] = (
     ("folder_incomplete", "warning", "A known folder holds fewer pictures than was published", "fetch the rest"),
     # masks
     ("mask_empty", "error", "A mask hides nothing, so there is nothing to generate", "make it white where to generate"),
-    ("mask_aspect", "error", "A mask has another shape than its picture", "make it anew at the picture's size"),
+    ("mask_aspect", "warning", "A mask has another shape than its picture", "right with picture_mode squash alone"),
     ("mask_size", "note", "A mask is smaller or larger than its picture; it is scaled", _NOTHING),
     ("mask_grey", "warning", "A mask has values between black and white; 125 and above generate", _LOOK),
     ("mask_area", "warning", "A mask covers less or more of its picture than --mask-area", _LOOK),

@@ -168,8 +168,8 @@ def _spelling_on_disk(root: Path, name: str) -> str | None:
     for part in name.split("/"):
         if part in ("", "."):
             continue
-        names = _names_in(str(folder))
-        actual = part if part in names.values() else names.get(part.casefold())
+        exact, folded = _names_in(str(folder))
+        actual = part if part in exact else folded.get(part.casefold())
         if actual is None:
             return None
         spelled.append(actual)
@@ -177,10 +177,11 @@ def _spelling_on_disk(root: Path, name: str) -> str | None:
     return "/".join(spelled)
 
 
-@lru_cache(maxsize=32)
-def _names_in(folder: str) -> dict[str, str]:
-    """Names in a folder by their casefolded form; a check asks for the same few folders again and again."""
+@lru_cache(maxsize=8)
+def _names_in(folder: str) -> tuple[frozenset[str], dict[str, str]]:
+    """Names in a folder, and by their casefolded form; pictures come by name, so a few folders at a time will do."""
     try:
-        return {name.casefold(): name for name in os.listdir(folder)}
+        names = os.listdir(folder)
     except OSError:
-        return {}
+        names = []
+    return frozenset(names), {name.casefold(): name for name in names}

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -101,26 +100,17 @@ class Pool(Generic[Item, Result]):
         context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if "forkserver" in methods:
             context.set_forkserver_preload([self.work.__module__])
-        return ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(os.getpid(),))
+        return ProcessPoolExecutor(workers, context, initializer=_start_worker)
 
 
-def _start_worker(parent: int) -> None:
+def _start_worker() -> None:
     """Ctrl-C is the parent's to handle, and a worker does not outlive it, even after kill -9."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_leave_with_the_parent, daemon=True).start()
 
 
-def _leave_with(parent: int) -> None:
-    while _is_alive(parent):
-        time.sleep(1)
+def _leave_with_the_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
