@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 SHIPPED_MODELS = Path(__file__).parent / "toyworld" / "checkpoints"
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/stage1/toy.yaml.")]
+Severity = Literal["error", "warning", "note"]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as optim.lr=1e-5.")
 ]
@@ -58,7 +59,7 @@ def check(
     fix: Annotated[Path | None, typer.Option(help="Cleaned manifest to write (a folder for several).")] = None,
     drop: Annotated[list[str] | None, typer.Option(help="Code that --fix leaves out as well; repeatable.")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Code that is not reported; repeatable.")] = None,
-    fail_on: Annotated[str, typer.Option(help="Mildest severity for exit code 1: error, warning, note.")] = "error",
+    fail_on: Annotated[Severity, typer.Option(help="Mildest severity that makes the exit code 1.")] = "error",
     reference: Annotated[Path | None, typer.Option(help="Pictures that must not be trained on.")] = None,
     archives: Annotated[Path | None, typer.Option(help="List of SHA-256 sums of the archives beside it.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="An LLM's tokenizer, to count its tokens too.")] = None,

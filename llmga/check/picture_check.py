@@ -45,7 +45,7 @@ class PictureFacts:
     """
 
     problems: list[Problem] = field(default_factory=list)
-    bytes: int = 0
+    num_bytes: int = 0
     sha256: str = ""
     format: str = ""
     mode: str = ""
@@ -91,7 +91,7 @@ def _read_bytes(path: Path, facts: PictureFacts) -> None:
         content = path.read_bytes()
     except OSError:
         return
-    facts.bytes, facts.sha256 = len(content), sha256(content).hexdigest()
+    facts.num_bytes, facts.sha256 = len(content), sha256(content).hexdigest()
 
 
 def _look(stored: Image.Image, name: str, role: str, facts: PictureFacts) -> None:

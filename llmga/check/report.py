@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llmga.check.kinds import KINDS, SEVERITIES
+from llmga.check.kinds import KINDS, SEVERITIES, Severity
 from llmga.check.lengths import summarise_clip, summarise_llm
 from llmga.check.row_check import merge_lengths
 from llmga.check.row_file import RowFile
@@ -97,7 +97,7 @@ def _uses(checked: Checked, root: str, name: str, role: str) -> dict[str, Any]:
 
 def _report(checked: Checked, counts: Counter[str], examples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     store, settings = checked.store, checked.settings
-    by_severity = {severity: 0 for severity in SEVERITIES}
+    by_severity: dict[str, int] = dict.fromkeys(SEVERITIES, 0)
     for code, count in counts.items():
         by_severity[KINDS[code].severity] += count
     facts = [part for number in range(len(checked.sets)) for part in store.facts(f"rows {number}")]
@@ -134,9 +134,9 @@ def _report(checked: Checked, counts: Counter[str], examples: dict[str, list[dic
     }
 
 
-def severities_that_fail(fail_on: str) -> tuple[str, ...]:
+def severities_that_fail(fail_on: Severity) -> tuple[str, ...]:
     """The severities of which a finding makes the exit code 1."""
-    return SEVERITIES[: SEVERITIES.index(fail_on) + 1]  # type: ignore[arg-type]
+    return SEVERITIES[: SEVERITIES.index(fail_on) + 1]
 
 
 def _set_facts(checked: Checked, number: int) -> dict[str, Any]:

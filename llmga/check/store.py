@@ -98,7 +98,7 @@ class Store:
                     "UPDATE pictures SET bytes = ?, sha256 = ?, format = ?, mode = ?, width = ?, height = ?, "
                     "signature = ?, coverage = ? WHERE number = ?",
                     (
-                        facts.bytes, facts.sha256, facts.format, facts.mode, *facts.size, facts.signature,
+                        facts.num_bytes, facts.sha256, facts.format, facts.mode, *facts.size, facts.signature,
                         facts.coverage, number,
                     ),
                 )  # fmt: skip
