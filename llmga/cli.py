@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 SHIPPED_MODELS = Path(__file__).parent / "toyworld" / "checkpoints"
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/stage1/toy.yaml.")]
+Severity = Literal["error", "warning", "note"]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as optim.lr=1e-5.")
 ]
@@ -71,6 +72,50 @@ def preview(
 
         write_preview(settings, out)
         typer.echo(f"open {out}")
+
+
+@app.command()
+def check(
+    path: Annotated[Path, typer.Argument(help="Manifest, published file, or a folder of them.")],
+    format: Annotated[str, typer.Option(help="auto, manifest, llmga_t2i, llmga_sg, ..., llava, sharegpt.")] = "auto",
+    image_root: Annotated[Path | None, typer.Option(help="Folder that pictures count from; else the file's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the reports; else runs/check/NAME.")] = None,
+    fix: Annotated[Path | None, typer.Option(help="Cleaned manifest to write (a folder for several).")] = None,
+    drop: Annotated[list[str] | None, typer.Option(help="Code that --fix leaves out as well; repeatable.")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Code that is not reported; repeatable.")] = None,
+    fail_on: Annotated[Severity, typer.Option(help="Mildest severity that makes the exit code 1.")] = "error",
+    reference: Annotated[Path | None, typer.Option(help="Pictures that must not be trained on.")] = None,
+    archives: Annotated[Path | None, typer.Option(help="List of SHA-256 sums of the archives beside it.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="An LLM's tokenizer, to count its tokens too.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one per core.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Go on with an unfinished check of the same files.")] = True,
+    pictures: Annotated[bool, typer.Option(help="Open pictures; without, texts alone are checked.")] = True,
+    orphans: Annotated[bool, typer.Option(help="Look for pictures that no row uses.")] = True,
+    min_side: Annotated[int, typer.Option(min=1, help="Warn of pictures below so many pixels.")] = 64,
+    max_ratio: Annotated[float, typer.Option(min=1, help="Warn of sides that differ by more.")] = 5.0,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="Refuse larger pictures.")] = None,
+    mask_area: Annotated[tuple[float, float], typer.Option(help="Usual share of a mask.")] = (0.005, 0.95),
+    near: Annotated[int, typer.Option(help="Bits by which similar pictures may differ; 0: do not compare.")] = 10,
+    max_chunks: Annotated[int, typer.Option(min=1, help="Windows of 75 CLIP tokens of a prompt.")] = 4,
+    max_length: Annotated[int, typer.Option(min=1, help="LLM tokens of a row, for --tokenizer.")] = 2048,
+) -> None:
+    """Check data row by row and picture by picture. Exit code 0: clean, 1: problems found, 2: cannot check."""
+    with _one_clear_message():
+        from llmga.check.command import check_and_report
+        from llmga.check.settings import CheckSettings
+        from llmga.images import MAX_PIXELS
+
+        _log_to_stderr()
+        settings = CheckSettings(
+            path, format, image_root, out, workers, reference, archives, tokenizer, pictures, orphans,
+            tuple(ignore or ()), tuple(drop or ()), fail_on, fix, resume, min_side, max_ratio,
+            max_pixels or MAX_PIXELS, mask_area, near, max_chunks, max_length,
+        )  # fmt: skip
+        lines, failed = check_and_report(settings)
+        for line in lines:
+            typer.echo(line)
+        if failed:
+            raise typer.Exit(1)
 
 
 @app.command("config")
@@ -140,6 +185,13 @@ def _stage1_settings(config: Path, overrides: list[str] | None) -> Any:
     from llmga.stage1.config import Stage1Config
 
     return load_config(Stage1Config, config, overrides or ())
+
+
+def _log_to_stderr() -> None:
+    """What the library tells on the way, as it is; reports alone go to stdout."""
+    import logging
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
 
 
 def _quiet_libraries() -> None:

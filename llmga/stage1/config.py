@@ -51,6 +51,11 @@ class SourceConfig:
     name: str | None = None  # in logs and tables; None: the file's name
     tasks: Annotated[list[Task], Limits(min_length=1)] | None = None  # keep rows of these tasks only
     max_rows: AtLeastOne | None = None  # the first so many rows
+    quarantine: Path | None = None  # list of rows to leave out, as `llmga check` writes it
+
+    @combination("quarantine", machine=True)
+    def _quarantine_exists(self) -> str | None:
+        return None if self.quarantine is None or self.quarantine.is_file() else no_such_file(self.quarantine)
 
     @combination("path", machine=True)
     def _file_exists(self) -> str | None:
