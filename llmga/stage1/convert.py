@@ -114,19 +114,23 @@ def _to_transformers(source: Path, destination: Path, row: Family | None, wishes
     if row is not None and row not in candidates:
         names = " or ".join(candidate.name for candidate in candidates)
         raise ConvertError(f"{source}/config.json says {config['model_type']!r}, which is {names} and not {row.name}")
-    with ReleasedCheckpoint(source, config, [row] if row else candidates, wishes) as checkpoint:
-        with write_folder_atomically(destination) as aside:
-            facts = write_transformers(checkpoint, aside)
-            _write_provenance(aside, source, "hf", facts)
+    with (
+        ReleasedCheckpoint(source, config, [row] if row else candidates, wishes) as checkpoint,
+        write_folder_atomically(destination) as aside,
+    ):
+        facts = write_transformers(checkpoint, aside)
+        _write_provenance(aside, source, "hf", facts)
     return facts
 
 
 def _to_llava(source: Path, destination: Path, row: Family | None, wishes: Wishes) -> Facts:
     _read_config(source)
-    with TransformersCheckpoint(source, row, wishes.needs_tokenizer) as checkpoint:
-        with write_folder_atomically(destination) as aside:
-            facts = write_released(checkpoint, aside, wishes.shard_bytes)
-            _write_provenance(aside, source, "llava", facts)
+    with (
+        TransformersCheckpoint(source, row, wishes.needs_tokenizer) as checkpoint,
+        write_folder_atomically(destination) as aside,
+    ):
+        facts = write_released(checkpoint, aside, wishes.shard_bytes)
+        _write_provenance(aside, source, "llava", facts)
     return facts
 
 

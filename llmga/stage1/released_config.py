@@ -172,6 +172,8 @@ def llava_config(source: Mapping[str, Any], family: Family, tower: Tower, path: 
     except Exception as error:  # huggingface_hub's own classes, whose text names the field
         reason = " ".join(str(error).split())
         raise ConvertError(f"{path}: these are no settings of a {family.text_model_type} model: {reason}") from None
+    if (text_config.pad_token_id or 0) >= text_config.vocab_size:  # a default of the class, for its full vocabulary
+        text_config.pad_token_id = None
     num_patches = (tower.config.image_size // tower.config.patch_size) ** 2
     return LlavaConfig(
         text_config=text_config,
