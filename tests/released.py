@@ -73,9 +73,7 @@ def sentencepiece_model(gemma: bool = False) -> bytes:
 def _llama_tokenizer(legacy: bool, markers: Sequence[str] = ()) -> Any:
     def write(folder: Path) -> int:
         (folder / "tokenizer.model").write_bytes(sentencepiece_model())
-        base = {
-            str(number): _token(content, rstrip=False) for number, content in enumerate(("<unk>", "<s>", "</s>"))
-        }
+        base = {str(number): _token(content, rstrip=False) for number, content in enumerate(("<unk>", "<s>", "</s>"))}
         added = {str(400 + number): _token(content, rstrip=True) for number, content in enumerate(markers)}
         settings = {
             "tokenizer_class": "LlamaTokenizer",
@@ -274,7 +272,9 @@ def tower_shapes() -> dict[str, tuple[int, ...]]:
             "embeddings.class_embedding": (width,),
             "embeddings.patch_embedding.weight": (width, 3, 8, 8),
             "embeddings.position_embedding.weight": (5, width),
-            **{f"encoder.layers.{number}.{name}": shape for number in (0, 1) for name, shape in (layer | norms).items()},
+            **{
+                f"encoder.layers.{number}.{name}": shape for number in (0, 1) for name, shape in (layer | norms).items()
+            },
             **outer,
         }.items()
     }

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import AddedToken, AutoTokenizer, PreTrainedConfig
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -122,7 +123,10 @@ def choose_template(tokenizer: Any, family: Family, system_text: str, image_toke
     for space_mark in _SPACE_MARKS:
         template = released_template(family, tried_system, space_mark, image_token)
         plain = released_template(family, tried_system, "", image_token)
-        difference = _first_difference(tokenizer, template, plain, image_token)
+        try:
+            difference = _first_difference(tokenizer, template, plain, image_token)
+        except TemplateError as error:
+            raise ConvertError(f"the {family.name} template cannot be filled: {error}") from None
         if difference is None:
             return released_template(family, system_text, space_mark, image_token), space_mark
         differences.append(f"with space mark {space_mark!r}: {difference}")

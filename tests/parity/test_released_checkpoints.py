@@ -120,7 +120,9 @@ def test_an_untouched_embedding_row_stands_for_pictures_wherever_it_lies(convert
     convert_checkpoint(GOLDENS / converted.folder.name, tmp_path / "other", image_token_id=3)
     other = LlavaForConditionalGeneration.from_pretrained(tmp_path / "other")
     with torch.no_grad():
-        logits = [model(**batch(converted.golden, model.config.image_token_id)).logits for model in (other, converted.model)]
+        logits = [
+            model(**batch(converted.golden, model.config.image_token_id)).logits for model in (other, converted.model)
+        ]
     assert torch.equal(*logits)
 
 
