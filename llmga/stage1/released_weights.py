@@ -135,8 +135,13 @@ class StoredWeights:
         home = self._homes[name]
         return tuple(home[name].shape if isinstance(home, dict) else home.get_slice(name).get_shape())
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of the files."""
+        return sum(file.stat().st_size for file in self.files)
+
     def dtypes(self) -> list[torch.dtype]:
-        """Every dtype that occurs, the most frequent one first. Reads one element of each tensor."""
+        """Every dtype that occurs, the most frequent one first."""
         counts: dict[torch.dtype, int] = {}
         for name, home in self._homes.items():
             if is_buffer(name):

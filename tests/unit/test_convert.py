@@ -1,10 +1,12 @@
 """Hazards: a random head, a lost factor, code in a pickle, half a folder; what does not fit is told, never guessed."""
 
+import errno
 import json
 import os
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from transformers import LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
 from llmga.cli import app
+from llmga.runtime import RunFailed
 from llmga.stage1.conversation import Turn, encode_conversation
 from llmga.stage1.convert import ConvertError, convert_checkpoint
 from llmga.stage1.families import FAMILIES
@@ -514,6 +517,23 @@ def test_folders_of_transformers_that_are_refused(tmp_path: Path) -> None:
         (tmp_path / "hf" / name).unlink()
     with pytest.raises(ConvertError, match=r"holds no tokenizer .* convert the weights alone with --no-tokenizer"):
         convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="llava", needs_tokenizer=True)
+
+
+def test_a_disk_without_room_is_told_before_and_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = released_folder(tmp_path / "source", "vicuna")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(ConvertError, match=r"hf needs 0.0 GB and .* has 0.0 GB free; make room or choose another"):
+            convert_checkpoint(source, tmp_path / "hf")
+    with monkeypatch.context() as patch:
+        patch.setattr("llmga.stage1.released_weights.save_file", _full_disk)
+        with pytest.raises(RunFailed, match=r"hf could not be written, the disk is full"):
+            convert_checkpoint(source, tmp_path / "hf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip", "source"]
+
+
+def _full_disk(*args: object, **options: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 # ---------------------------------------------------------------- the command
