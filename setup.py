@@ -15,6 +15,8 @@ CORE = [
     "wandb>=0.31,<1",
     "huggingface_hub>=2,<3",
     "tokenizers>=0.22,<1",
+    "sentencepiece>=0.2,<1",  # released checkpoints bring tokenizer.model alone; transformers reads it with this
+    "protobuf>=5",
     "safetensors>=0.8,<1",
     "numpy>=2,<3",
     "pillow>=12,<14",
@@ -45,7 +47,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["llmga", "llmga.*"]),
-    package_data={"llmga": ["**/*.yaml", "**/*.j2", "**/*.html", "toyworld/checkpoints/**/*"]},
+    package_data={"llmga": ["**/*.yaml", "**/*.j2", "**/*.jinja", "**/*.html", "toyworld/checkpoints/**/*"]},
     install_requires=CORE,
     extras_require={"test": TEST},
     entry_points={"console_scripts": ["llmga = llmga.__main__:main"]},
