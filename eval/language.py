@@ -23,7 +23,7 @@ from PIL import Image
 
 from llmga.cli import SHIPPED_MODELS, newest_model
 from llmga.config import EXIT_BAD_INPUT, EXIT_OK
-from llmga.files import written_aside
+from llmga.files import atomic_write
 from llmga.images import open_picture, picture_path
 from llmga.metrics.intervals import Interval, bootstrap_ratio
 from llmga.records import Record, open_manifest
@@ -309,8 +309,7 @@ def write_result(out: Path, result: dict[str, Any], rows: Sequence[dict[str, Any
         if item.example.picture is not None:
             item.example.picture.save(out / "pictures" / f"{item.id.replace('/', '_')}.png")
     for name, text in texts.items():
-        with written_aside(out / name) as aside:
-            aside.write_text(text, encoding="utf-8")
+        atomic_write(out / name, text)
 
 
 if __name__ == "__main__":

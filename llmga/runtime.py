@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from llmga.checkpoint import atomic_write
+from llmga.files import atomic_write
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from llmga.checkpoint import atomic_write
+from llmga.files import atomic_write
 from llmga.runtime import tracker_names
 from llmga.stage1.config import Stage1Config
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llmga.checkpoint import atomic_write
+from llmga.files import atomic_write
 from llmga.runtime import MetricsLog, Ranks, RunFailed, any_rank, outlive_terminate, sum_over_ranks
 from llmga.tokens import IGNORE_INDEX
 
