@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -95,6 +96,32 @@ def close_distributed() -> None:
     """Leave the process group, when all ranks do so; does nothing without one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def zero3_is_on() -> bool:
+    """Whether models that are built now are spread over the ranks by ZeRO-3, as one of this process already may be."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    return bool(is_deepspeed_zero3_enabled())
+
+
+@contextmanager
+def without_zero3() -> Iterator[None]:
+    """Let one rank build, save and load whole models while a ZeRO-3 run is alive.
+
+    transformers does all three on all ranks together then, and hangs where one does them alone.
+    """
+    if not zero3_is_on():
+        yield
+        return
+    from transformers.integrations import deepspeed as transformers_deepspeed
+
+    reference = transformers_deepspeed._hf_deepspeed_config_weak_ref
+    transformers_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        transformers_deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
 def _ranks_from_environment() -> Ranks:

@@ -25,10 +25,9 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
-from transformers.integrations import deepspeed as transformers_deepspeed
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llmga.checkpoint import write_folder_atomically
+from llmga.runtime import without_zero3
 from llmga.tokens import GEN_IMG, TAGS, GenerationTags
 
 VISION_SHARD = "vision_tower.safetensors"
@@ -191,7 +190,7 @@ def save_mllm(
         FileExistsError: the folder holds something.
     """
     folder = Path(folder)
-    with _without_zero3(), write_folder_atomically(folder) as temporary:
+    with without_zero3(), write_folder_atomically(folder) as temporary:
         model = _standard_model(mllm.model, state_dict if state_dict is not None else mllm.model.state_dict(), dtype)
         model.save_pretrained(temporary, max_shard_size=MAX_SHARD_SIZE)
         mllm.processor.save_pretrained(temporary)
@@ -276,20 +275,6 @@ def _whole(parameters: list[nn.Parameter]) -> Iterator[None]:
     yield
     for parameter in sharded:
         parameter.partition(has_been_updated=True)
-
-
-@contextmanager
-def _without_zero3() -> Iterator[None]:
-    """While a ZeRO-3 run is alive, transformers saves and loads on all ranks together, and hangs where one does it."""
-    if not is_deepspeed_zero3_enabled():
-        yield
-        return
-    reference = transformers_deepspeed._hf_deepspeed_config_weak_ref
-    transformers_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        transformers_deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
 def _standard_model(

@@ -19,9 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llmga.images import PictureMode, fit_picture
+from llmga.runtime import zero3_is_on
 from llmga.stage1.conversation import ConversationError, Turn, encode_conversation, encode_prompt
 from llmga.stage1.model import Mllm
 from llmga.stage1.pixels import PixelEncoder
@@ -178,7 +178,7 @@ def _write(
         ).logits[:, -1]
         logits[:, never] = -torch.inf
         next_ids = choose(logits, rows, step)
-        if is_deepspeed_zero3_enabled():  # each rank holds a part of the model: all must run the same steps
+        if zero3_is_on():  # each rank holds a part of the model: all must run the same steps
             dist.broadcast(next_ids, src=0)
         writing &= ~torch.isin(next_ids, ends)
         for row, token, continues in zip(rows.tolist(), next_ids.tolist(), writing.tolist(), strict=True):
