@@ -29,7 +29,7 @@ from llmga.records import (
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # raise it when a reader gives other records, so that cached manifests are made again
+_VERSION = 2  # raise it when a reader gives other records, so that cached manifests are made again
 _LOGGED_ROWS = 20
 _PATIENCE_ROWS = 1000  # after so many rows without one good one the format is taken to be wrong
 

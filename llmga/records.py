@@ -191,7 +191,7 @@ def check_record(record: Record) -> list[str]:
     for name in ("image", "mask"):
         if problem := path_problem(getattr(record, name)):
             problems.append(f"{name!r} is {getattr(record, name)!r}: {problem}")
-    return problems + turn_problems(record.messages or ())
+    return problems + turn_problems(record.messages or (), has_picture=record.task == "vqa")
 
 
 def find_control(text: str | None) -> str | None:
@@ -211,14 +211,18 @@ def path_problem(path: str | None) -> str | None:
     return "it leaves the picture folder" if ".." in path.split("/") else None
 
 
-def turn_problems(messages: Sequence[Message]) -> list[str]:
-    """What keeps turns from being a conversation: a user asks first, roles alternate, an answer is last, no empties."""
+def turn_problems(messages: Sequence[Message], has_picture: bool = False) -> list[str]:
+    """What keeps turns from being a conversation: a user asks first, roles alternate, an answer is last, no empties.
+
+    Args:
+        has_picture: the first question shows one, and then needs no words.
+    """
     problems = []
     for turn, message in enumerate(messages):
         if message["role"] != ROLES[turn % 2]:
             problems.append(f"messages[{turn}] is from {message['role']!r}, expected {ROLES[turn % 2]!r}")
             break
-        if not message["content"].strip():
+        if not message["content"].strip() and not (has_picture and turn == 0):
             problems.append(f"messages[{turn}] is empty")
     if messages and messages[-1]["role"] != "assistant":
         problems.append("the last question has no answer")

@@ -132,6 +132,18 @@ def test_labels_train_answers_only_and_pictures_keep_all_their_tokens(world, pro
         assert trained.endswith("<|end|>") and ("caption" in trained or trained == "because.<|end|>")
 
 
+def test_a_question_that_is_only_a_picture_trains_its_answer(processor, world, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMGA_CACHE_DIR", str(tmp_path / "cache"))
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a kite"}]
+    (world / "llava.json").write_text(json.dumps([{"image": "0.png", "conversations": turns}]))
+    source = SourceConfig(path=world / "llava.json", format="llava")
+    example = train_set(world, processor, total=1, sources=[source])[0]
+    assert example["input_ids"].count(processor.image_token_id) == NUM_IMAGE_TOKENS
+    trained = processor.tokenizer.decode([label for label in example["labels"] if label != IGNORE_INDEX])
+    assert trained == "a kite<|end|>"
+    assert example["pixel_values"].shape == (3, IMAGE_SIZE_PX, IMAGE_SIZE_PX)
+
+
 # ---------------------------------------------------------------- which rows
 
 
