@@ -1,11 +1,12 @@
 """Teach an MLLM to write generation prompts (stage 1), or go on with a run that stopped.
 
     python scripts/train_stage1.py configs/stage1/toy.yaml
-    torchrun --nproc_per_node 2 scripts/train_stage1.py configs/stage1/toy.yaml optim.lr=1e-4
+    torchrun --nproc_per_node 2 --shutdown_timeout 900 scripts/train_stage1.py configs/stage1/toy.yaml optim.lr=1e-4
     deepspeed scripts/train_stage1.py configs/stage1/toy.yaml run.deepspeed=configs/deepspeed/zero3.json
 
-Ctrl-C or SIGTERM saves and stops; the same command goes on. torchrun kills its processes 30 s after a signal: set
-TORCH_ELASTIC_SHUTDOWN_TIMEOUT to the seconds that a large model needs to save.
+Ctrl-C or SIGTERM saves and stops; the same command goes on. Without --shutdown_timeout, torchrun kills its processes 30
+s after a signal, and so does deepspeed, whose patience cannot be changed: a model that needs longer to save wants
+torchrun, which starts ZeRO runs as well. `make stage1` sets the timeout.
 
 Exit codes: 0 done, 1 failed, 2 bad input or settings, 130 interrupted with the state saved.
 """
