@@ -4,7 +4,7 @@ Order matters: the Trainer calls callbacks as `train` lists them, `Figures` firs
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from llmga.checkpoint import checkpoint_path, keep_last, mark_complete
 from llmga.progress import RunProgress
 from llmga.runtime import MetricsLog, Ranks, StopSignal, barrier, memory_gb, on_main
-from llmga.stage1.data import BadSampleBudget
+from llmga.stage1.bad_samples import KINDS, BadSampleBudget
 from llmga.stage1.watch import BatchWatch, NonFiniteLossError
 
 TOKEN_LOSS = "token_loss"
@@ -29,15 +29,22 @@ class Figures(TrainerCallback):
         progress: the bar or the lines.
         ranks: rank 0 writes.
         samples_per_epoch: rows of all sources together.
+        replaced: how many examples were replaced up to a step, by kind.
     Attributes:
         totals: samples, tokens and trained tokens since the run began, over all ranks and restarts.
     """
 
     def __init__(
-        self, log: MetricsLog, watch: BatchWatch, progress: RunProgress, ranks: Ranks, samples_per_epoch: int
+        self,
+        log: MetricsLog,
+        watch: BatchWatch,
+        progress: RunProgress,
+        ranks: Ranks,
+        samples_per_epoch: int,
+        replaced: Callable[[int], Mapping[str, int]],
     ) -> None:
         self.log, self.watch, self.progress, self.ranks = log, watch, progress, ranks
-        self.samples_per_epoch = samples_per_epoch
+        self.samples_per_epoch, self.replaced = samples_per_epoch, replaced
         self.totals = {"samples": 0, "tokens": 0, "trained_tokens": 0}
         self._new = dict.fromkeys(self.totals, 0)
         self._mark = self._busy = self._all_busy = 0.0  # seconds; busy: training, without saving and evaluating
@@ -101,6 +108,9 @@ class Figures(TrainerCallback):
         logs["epoch"] = round(self.totals["samples"] / max(self.samples_per_epoch, 1), 6)
         logs["eta_s"] = round(per_step * (state.max_steps - state.global_step), 1)
         logs.update(memory_gb())
+        if self.ranks.is_main:
+            replaced = self.replaced(state.global_step)
+            logs.update({f"replaced_{kind}": replaced[kind] for kind in KINDS})
         self._new = dict.fromkeys(self.totals, 0)
         self._busy = 0.0
         norm = logs.get("grad_norm")

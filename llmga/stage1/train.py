@@ -32,9 +32,10 @@ from llmga.runtime import (
     setup_logging,
 )
 from llmga.stage1.arguments import engine_name, training_arguments
+from llmga.stage1.bad_samples import BAD_SAMPLES_FILE, BadSampleBudget
 from llmga.stage1.callbacks import BadSamples, CompleteCheckpoints, Figures, SampleReplies, StopWhenAsked
 from llmga.stage1.config import Stage1Config
-from llmga.stage1.data import BAD_SAMPLES_FILE, BadSampleBudget, Collator, Stage1Dataset, build_datasets
+from llmga.stage1.data import Collator, Stage1Dataset, build_datasets
 from llmga.stage1.held_out import mean_token_loss, token_losses
 from llmga.stage1.mixture import rows_per_epoch
 from llmga.stage1.model import Mllm, add_generation_tags, load_mllm, save_mllm, set_trainable
@@ -109,13 +110,17 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
     watch = BatchWatch(run.path, ranks, mllm.tokenizer.decode, cfg.run.record_sample_ids)
     watch.attach(mllm.model)
     progress = RunProgress(total_steps, shown=ranks.is_main)
-    figures = Figures(run.metrics, watch, progress, ranks, samples_per_epoch)
+    budget = BadSampleBudget(run.path / BAD_SAMPLES_FILE, cfg.data.max_bad_share, len(data))
+    on_main(lambda: budget.forget_after(checkpoint_step(checkpoint) * examples_per_step if checkpoint else 0))
+    figures = Figures(
+        run.metrics, watch, progress, ranks, samples_per_epoch, lambda step: budget.counts(step * examples_per_step)
+    )
     if checkpoint:
         figures.totals = read_marker(checkpoint)["totals"]
     callbacks = [
         figures,
         watch,
-        BadSamples(BadSampleBudget(run.path / BAD_SAMPLES_FILE, cfg.data.max_bad_share), examples_per_step),
+        BadSamples(budget, examples_per_step),
         StopWhenAsked(signals),
         CompleteCheckpoints(
             run.path, cfg.run.keep_last, mllm.processor, lambda: {**fit, "totals": figures.take_counts()}
