@@ -8,14 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llmga.checkpoint import checkpoint_path, keep_last, mark_complete
 from llmga.progress import RunProgress
 from llmga.runtime import MetricsLog, Ranks, StopSignal, barrier, memory_gb, on_main
 from llmga.stage1.bad_samples import KINDS, BadSampleBudget
-from llmga.stage1.watch import BatchWatch, NonFiniteLossError
+from llmga.stage1.watch import BatchWatch
 
 TOKEN_LOSS = "token_loss"
 
@@ -113,12 +112,6 @@ class Figures(TrainerCallback):
             logs.update({f"replaced_{kind}": replaced[kind] for kind in KINDS})
         self._new = dict.fromkeys(self.totals, 0)
         self._busy = 0.0
-        norm = logs.get("grad_norm")
-        if norm is not None and not torch.tensor(norm).isfinite():  # only DeepSpeed comes so far, see BatchWatch
-            raise NonFiniteLossError(
-                f"step {state.global_step}: the gradient norm is {norm}; nothing was saved since. "
-                "Lower optim.lr or raise optim.warmup, and run again: it goes on from the last checkpoint"
-            )
 
 
 def keep_token_loss(logs: dict[str, float]) -> bool:

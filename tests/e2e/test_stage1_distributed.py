@@ -65,6 +65,19 @@ def one_dies_after_step_5() -> None:
     CallbackHandler.call_event = call
 
 
+def bad_gradient_in_step_3() -> None:
+    """The last rank's gradients are no numbers, once, after a loss that is one."""
+    if int(os.environ.get("RANK", 0)) != int(os.environ.get("WORLD_SIZE", 1)) - 1:
+        return
+    real_backward, calls = torch.Tensor.backward, []
+
+    def backward(self: torch.Tensor, *args: object, **kwargs: object) -> None:
+        calls.append(1)
+        real_backward(self * float("nan") if len(calls) == 3 else self, *args, **kwargs)
+
+    torch.Tensor.backward = backward
+
+
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_inputs(tmp_path_factory.mktemp("distributed"))
@@ -129,6 +142,28 @@ def test_ddp_stops_on_a_signal_and_resumes_on_two_processes_or_on_one(settings: 
 
 def test_zero2_trains_like_one_process(alone: Path, zero2: Path) -> None:
     assert_trained_alike(zero2, alone, 5e-6)
+
+
+@pytest.mark.parametrize(("stage", "processes"), [(0, 1), (2, 2), (3, 2)])
+def test_a_gradient_that_is_not_finite_stops_all_ranks_of_deepspeed_at_once(
+    settings: Path, tmp_path: Path, stage: int, processes: int
+) -> None:
+    deepspeed = tmp_path / "deepspeed.json"
+    switches = {"compute_grad_norm": False} if stage == 2 else {}  # a user's file may say so; then nobody would look
+    deepspeed.write_text(json.dumps({"zero_optimization": {"stage": stage, **switches}}))
+    folder = tmp_path / "run"
+    overrides = [f"run.deepspeed={deepspeed}", f"run.output_dir={folder}", "run.batch_size=1", "optim.max_grad_norm=0"]
+    rarely = ("run.log_every_steps=100", "run.save_every_steps=1", "data.validation=[]")
+    started = start(settings, *overrides, *rarely, processes=processes, sabotage=bad_gradient_in_step_3)
+    codes = started.wait()
+    assert codes == [1] * processes, started.said()[-3000:]
+    assert "step 3: the gradient is not finite although the loss is. The weights were not touched" in started.said()
+    saved = latest_checkpoint(folder)
+    assert saved == folder / "checkpoint-2"
+    assert all(tensor.isfinite().all() for tensor in weights(saved).values())
+    reports = [json.loads(path.read_text()) for path in sorted((folder / "non_finite" / "step-3").glob("rank*.json"))]
+    expected = [[2 * processes + rank] for rank in range(processes)]
+    assert [report["batches"][0]["sample_ids"] for report in reports] == expected
 
 
 def test_zero3_survives_the_death_of_a_rank_and_agrees_with_zero2(settings: Path, zero2: Path) -> None:
