@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from llmga.checkpoint import write_folder_atomically
+from llmga.images import PictureMode
 from llmga.runtime import without_zero3
 from llmga.tokens import GEN_IMG, TAGS, GenerationTags
 
@@ -62,6 +63,15 @@ class Mllm:
         """Make `tags` the pair this model writes, in its config too, so that saved folders know it."""
         self.tags = tags
         self.model.config.generation_tags = next(name for name, pair in TAGS.items() if pair == tags)
+
+    def write_picture_shape(self, size: int, mode: PictureMode) -> None:
+        """Note in the config how training makes pictures square, so that saved folders know it."""
+        self.model.config.picture_size, self.model.config.picture_mode = size, mode
+
+    @property
+    def picture_shape(self) -> tuple[int | None, PictureMode]:
+        """How pictures are made square before the processor sees them, see `read_picture_shape`."""
+        return _picture_shape(self.model.config)
 
     @property
     def tokenizer(self) -> Any:
@@ -202,6 +212,21 @@ def save_mllm(
     return folder
 
 
+def read_picture_shape(path: str | Path) -> tuple[int | None, PictureMode]:
+    """How the training of a model folder made pictures square, without loading its weights.
+
+    Returns:
+        `data.picture_size` and `data.picture_mode`; None and "squash" for a folder that does not say.
+    Raises:
+        ModelError: not a LLaVA folder.
+    """
+    return _picture_shape(_read_config(Path(path)))
+
+
+def _picture_shape(config: LlavaConfig) -> tuple[int | None, PictureMode]:
+    return getattr(config, "picture_size", None), getattr(config, "picture_mode", "squash")
+
+
 def standard_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the same tensors under the names of an in-memory `LlavaForConditionalGeneration`."""
     renamed: dict[str, Tensor] = {}
@@ -332,5 +357,6 @@ def _check_saved(folder: Path, model: LlavaForConditionalGeneration, mllm: Mllm)
     for name, tensor in reloaded.model.state_dict().items():
         if not torch.equal(tensor, weights[name]):
             raise ModelError(f"{folder}: {name} read back differs from what was saved (or is not finite)")
-    if (reloaded.tags, reloaded.tokenizer.chat_template) != (mllm.tags, mllm.tokenizer.chat_template):
-        raise ModelError(f"{folder}: the tags or the chat template read back differ from what was saved")
+    kept, given = ((each.tags, each.tokenizer.chat_template, each.picture_shape) for each in (reloaded, mllm))
+    if kept != given:
+        raise ModelError(f"{folder}: tags, chat template or picture shape read back differ from what was saved")

@@ -93,6 +93,7 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
     # Model: the arguments come first, because under ZeRO-3 they decide how `from_pretrained` spreads the weights.
     arguments = training_arguments(cfg, run.path)
     mllm = load_mllm(cfg.model.path, TAGS[cfg.model.tag_name], cfg.model.attention)
+    mllm.write_picture_shape(cfg.data.picture_size, cfg.data.picture_mode)
     if cfg.model.tags == "tokens":
         add_generation_tags(mllm, TAGS[cfg.model.tag_name])
     accept_saved_names(mllm.model)

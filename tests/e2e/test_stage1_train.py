@@ -27,8 +27,10 @@ from llmga.run_folder import ResumeError
 from llmga.runtime import RunFailed
 from llmga.stage1.bad_samples import TooManyBadSamples
 from llmga.stage1.config import Stage1Config
+from llmga.stage1.model import read_picture_shape
 from llmga.stage1.train import train
 from tests.e2e.stage1_run import ROOT, SCRIPT, lines, losses, make_inputs, sample_ids, start, wait_for, weights
+from tests.toy import IMAGE_SIZE_PX
 
 pytestmark = pytest.mark.e2e
 
@@ -175,6 +177,7 @@ def test_the_result_loads_in_plain_transformers_and_knows_its_origin(settings: P
         < model.config.text_config.vocab_size
     )
     assert json.loads((final / "config.json").read_text()).get("use_cache", True) is True
+    assert read_picture_shape(final) == (IMAGE_SIZE_PX, "squash")  # for whoever asks it something
     before = LlavaForConditionalGeneration.from_pretrained(settings.parent / "model").state_dict()
     after = model.state_dict()
     for name in before:
