@@ -168,7 +168,7 @@ class CompleteCheckpoints(TrainerCallback):
 
 
 class BadSamples(TrainerCallback):
-    """Ends the run when too many of its pictures could not be read.
+    """Counts the examples that were replaced, and ends the run when too many of its pictures could not be read.
 
     Args:
         budget: what is too many.
@@ -177,6 +177,10 @@ class BadSamples(TrainerCallback):
 
     def __init__(self, budget: BadSampleBudget, examples_per_step: int) -> None:
         self.budget, self.examples_per_step = budget, examples_per_step
+
+    def counts(self, step: int) -> Mapping[str, int]:
+        """Replaced examples up to a step, by kind."""
+        return self.budget.counts(step * self.examples_per_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_log or control.should_save:

@@ -109,7 +109,7 @@ def start(settings: Path, *overrides: str, processes: int = 1, sabotage: Callabl
     log = settings.parent / f"stderr-{secrets.token_hex(4)}.txt"
     variables: list[dict[str, str]] = [{}]
     if processes > 1:
-        shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         variables = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
     arguments = [str(settings), *overrides]
     ranks = [_FORKS.Process(target=_run_script, args=(arguments, env, log, sabotage)) for env in variables]
@@ -142,7 +142,7 @@ def _run_script(
 
 def command(settings: Path, *overrides: str, processes: int = 1, script: Path = SCRIPT) -> list[str]:
     """The command line of a run, with torchrun for more than one process."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={_free_port()}"]
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
     return [sys.executable, *(launcher if processes > 1 else []), str(script), str(settings), *overrides]
 
 
@@ -181,7 +181,8 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 from transformers.trainer_callback import CallbackHandler
 
-from llmga.checkpoint import latest_checkpoint, read_marker
+from llmga.checkpoint import is_complete, latest_checkpoint, read_marker
 from llmga.config import load_config
 from llmga.stage1.config import Stage1Config
 from llmga.stage1.train import train
@@ -27,6 +28,7 @@ from tests.e2e.stage1_run import (
     ROOT,
     SCRIPT,
     command,
+    free_port,
     lines,
     losses,
     make_inputs,
@@ -138,6 +140,26 @@ def test_ddp_stops_on_a_signal_and_resumes_on_two_processes_or_on_one(settings: 
     assert_trained_alike(on_one, alone, 5e-6)
     assert read_marker(folder / "checkpoint-6")["totals"] == read_marker(alone / "checkpoint-6")["totals"]
     assert (folder / "samples" / "step-6.html").is_file()
+
+
+def test_the_deepspeed_launcher_trains_and_saves(settings: Path, zero2: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    hosts = ("--hostfile", str(tmp_path / "none"), "--num_gpus", "2", "--master_port", str(free_port()))
+    launcher = Path(sys.executable).with_name("deepspeed")
+    overrides = (ZERO2, f"run.output_dir={folder}", "run.batch_size=1", "run.save_every_steps=3")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    ended = subprocess.run(
+        [str(part) for part in (launcher, *hosts, SCRIPT, settings, *overrides)],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-3000:]
+    assert_trained_alike(folder, zero2, 5e-6)
+    assert read_marker(folder / "checkpoint-6")["world_size"] == 2
+    assert latest_checkpoint(folder) == folder / "checkpoint-6" and is_complete(folder / "checkpoint-3")
 
 
 def test_zero2_trains_like_one_process(alone: Path, zero2: Path) -> None:
