@@ -23,12 +23,13 @@ from PIL import Image
 
 from llmga.cli import SHIPPED_MODELS, newest_model
 from llmga.config import EXIT_BAD_INPUT, EXIT_OK
-from llmga.files import written_aside
+from llmga.files import atomic_write
 from llmga.images import open_picture, picture_path
 from llmga.metrics.intervals import Interval, bootstrap_ratio
 from llmga.records import Record, open_manifest
 from llmga.runtime import environment
 from llmga.stage1.conversation import Turn
+from llmga.stage1.instructions import Phrasing
 from llmga.stage1.tasks import Example, TaskSettings, build_example
 from llmga.tokens import clip_length, parse_reply
 from llmga.toyworld.edits import Edit
@@ -36,6 +37,7 @@ from llmga.toyworld.scene import Scene
 from llmga.toyworld.scores import PromptScore, score_description, score_edit, score_refinement
 
 CLIP_WINDOW = 77
+DRAWN_PX = 64  # the side of the toy world's pictures
 TASKS = ("similar_image", "inpainting", "outpainting", "prompt_refinement", "editing", "vqa", "qa")
 
 
@@ -67,14 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     try:
         records = choose_records(args.data, args.rows, args.tasks)
-        settings = TaskSettings(picture_size=args.picture_size, phrasing=args.phrasing)
+        settings = task_settings(args.model, args.picture_size, args.phrasing)
         items = list(build_items(records, args.data.parent, settings, args.seed))
         systems = {"tuned": args.model} | ({"base": args.base} if args.base else {})
         rows: list[dict[str, Any]] = []
         timing = {}
         for name, path in systems.items():
             started = time.monotonic()
-            replies = reply(path, items, args.max_new_tokens, args.batch_size)
+            replies = reply(path, items, settings, args.max_new_tokens, args.batch_size)
             timing[name] = round(time.monotonic() - started, 1)
             rows += [score_item(name, item, text) for item, text in zip(items, replies, strict=True)]
     except ValueError as error:
@@ -87,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "data": str(args.data),
             "records": len(records),
             "phrasing": args.phrasing,
+            "picture_size": settings.picture_size,
             "decoding": "greedy",
             "max_new_tokens": args.max_new_tokens,
             "seed": args.seed,
@@ -114,7 +117,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=200, help="records per task")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--phrasing", choices=("train", "held_out"), default="train")
-    parser.add_argument("--picture-size", type=int, default=64)
+    parser.add_argument("--picture-size", type=int, help="pixels a side; else as the tuned MLLM was trained")
     parser.add_argument("--max-new-tokens", type=int, default=320)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
@@ -157,13 +160,21 @@ def build_items(records: Sequence[Record], image_root: Path, settings: TaskSetti
                 yield Item(f"{record.id}/{position}", record, example, example.messages[:position], turn.content)
 
 
-def reply(path: Path, items: Sequence[Item], max_new_tokens: int, batch_size: int) -> list[str]:
+def task_settings(model: Path, picture_size: int | None, phrasing: Phrasing) -> TaskSettings:
+    """Pictures as the tuned MLLM was trained with them; where its folder does not say, as the world draws them."""
+    from llmga.stage1.model import read_picture_shape
+
+    trained_size, mode = read_picture_shape(model)
+    return TaskSettings(picture_size=picture_size or trained_size or DRAWN_PX, picture_mode=mode, phrasing=phrasing)
+
+
+def reply(path: Path, items: Sequence[Item], settings: TaskSettings, max_new_tokens: int, batch_size: int) -> list[str]:
     """Greedy replies of a model folder to all items."""
     from llmga.stage1.model import load_mllm
     from llmga.stage1.reply import Prompt, generate_replies
 
     prompts = [Prompt(item.turns, item.example.picture) for item in items]
-    return generate_replies(load_mllm(path), prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return generate_replies(load_mllm(path), prompts, max_new_tokens, batch_size, picture_size=settings.picture_size)
 
 
 # ---------------------------------------------------------------- how right it is
@@ -309,8 +320,7 @@ def write_result(out: Path, result: dict[str, Any], rows: Sequence[dict[str, Any
         if item.example.picture is not None:
             item.example.picture.save(out / "pictures" / f"{item.id.replace('/', '_')}.png")
     for name, text in texts.items():
-        with written_aside(out / name) as aside:
-            aside.write_text(text, encoding="utf-8")
+        atomic_write(out / name, text)
 
 
 if __name__ == "__main__":

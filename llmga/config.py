@@ -25,7 +25,7 @@ from pydantic_core import ErrorDetails
 
 from llmga.config_report import ConfigError, Key, Report, nearest_word, shown
 from llmga.config_source import apply_overrides, read_yaml
-from llmga.files import no_such_file, written_aside
+from llmga.files import atomic_write, no_such_file
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -186,9 +186,7 @@ def dump_config(config: Any) -> dict[str, Any]:
 
 def save_config(config: Any, path: Path) -> None:
     """Write all settings as YAML, aside and then renamed."""
-    text = yaml.safe_dump(dump_config(config), sort_keys=False, allow_unicode=True)
-    with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    atomic_write(path, yaml.safe_dump(dump_config(config), sort_keys=False, allow_unicode=True))
 
 
 def _section_type(hint: Any) -> type | None:

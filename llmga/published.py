@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from llmga.files import built_from, cache_folder, no_such_file, path_key, written_aside
+from llmga.files import atomic_write, built_from, cache_folder, no_such_file, path_key
 from llmga.json_stream import stream_rows
 from llmga.published_rows import FORMATS, Note, SkipRow, guess_formats
 from llmga.records import (
@@ -30,7 +30,7 @@ from llmga.records import (
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # raise it when a reader gives other records, so that cached manifests are made again
+_VERSION = 2  # raise it when a reader gives other records, so that cached manifests are made again
 _LOGGED_ROWS = 20
 _PATIENCE_ROWS = 1000  # after so many rows without one good one the format is taken to be wrong
 
@@ -79,8 +79,7 @@ class Report:
     def save(self, path: Path) -> None:
         """Write the report as JSON."""
         stored = {**vars(self), "path": str(self.path), "bad": [asdict(row) for row in self.bad]}
-        with written_aside(path) as aside:
-            aside.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        atomic_write(path, json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Report":

@@ -89,7 +89,11 @@ def _chat_with_picture(row: dict[str, Any], note: Note) -> dict[str, Any]:
             reason = f"conversations[{questions[0]}] has the placeholder {PLACEHOLDER!r}, but the row has no picture"
             raise SkipRow(reason, "placeholder_without_picture")
         return {"task": "qa", "messages": _conversation(_turns(row), note)}
-    return {"task": "vqa", "image": picture, "messages": _conversation(_placed(_turns(row), note), note)}
+    return {
+        "task": "vqa",
+        "image": picture,
+        "messages": _conversation(_placed(_turns(row), note), note, has_picture=True),
+    }
 
 
 def _chat(row: dict[str, Any], note: Note) -> dict[str, Any]:
@@ -181,8 +185,11 @@ def _placed(turns: Turns, note: Note) -> Turns:
     ]
 
 
-def _conversation(turns: Turns, note: Note) -> tuple[Message, ...]:
-    """Questions and answers in alternation; what does not pair up at the ends is dropped and noted."""
+def _conversation(turns: Turns, note: Note, has_picture: bool = False) -> tuple[Message, ...]:
+    """Questions and answers in alternation; what does not pair up at the ends is dropped and noted.
+
+    The picture is shown with the first question, which may then be without words: it was nothing but a placeholder.
+    """
     if not turns:
         raise SkipRow("the conversation is empty", "empty_text")
     if turns[0][0] == "system":
@@ -204,7 +211,8 @@ def _conversation(turns: Turns, note: Note) -> tuple[Message, ...]:
             raise SkipRow(f"turns do not alternate: {role!r} comes where {expected!r} should", "broken_turns")
     messages: list[Message] = []
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
-        if question[1].strip() and answer[1].strip():
+        shows_picture = has_picture and not messages
+        if (question[1].strip() or shows_picture) and answer[1].strip():
             messages += [{"role": role, "content": text} for role, text in (question, answer)]
         else:
             note("empty turn dropped with its partner")

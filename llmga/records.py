@@ -211,7 +211,7 @@ def check_record(record: Record) -> list[Problem]:
     for name in ("image", "mask"):
         if problem := path_problem(getattr(record, name)):
             problems.append(Problem(problem.code, f"{name!r} is {getattr(record, name)!r}: {problem}"))
-    return problems + turn_problems(record.messages or ())
+    return problems + turn_problems(record.messages or (), has_picture=record.task == "vqa")
 
 
 def find_control(text: str | None) -> Problem | None:
@@ -235,15 +235,19 @@ def path_problem(path: str | None) -> Problem | None:
     return Problem("picture_outside", "it leaves the picture folder") if ".." in path.split("/") else None
 
 
-def turn_problems(messages: Sequence[Message]) -> list[Problem]:
-    """What keeps turns from being a conversation: a user asks first, roles alternate, an answer is last, no empties."""
+def turn_problems(messages: Sequence[Message], has_picture: bool = False) -> list[Problem]:
+    """What keeps turns from being a conversation: a user asks first, roles alternate, an answer is last, no empties.
+
+    Args:
+        has_picture: the first question shows one, and then needs no words.
+    """
     problems = []
     for turn, message in enumerate(messages):
         if message["role"] != ROLES[turn % 2]:
             reason = f"messages[{turn}] is from {message['role']!r}, expected {ROLES[turn % 2]!r}"
             problems.append(Problem("broken_turns", reason))
             break
-        if not message["content"].strip():
+        if not message["content"].strip() and not (has_picture and turn == 0):
             problems.append(Problem("empty_text", f"messages[{turn}] is empty"))
     if messages and messages[-1]["role"] != "assistant":
         problems.append(Problem("broken_turns", "the last question has no answer"))

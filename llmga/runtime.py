@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from llmga.checkpoint import atomic_write
+from llmga.files import atomic_write
 from llmga.slurm import meeting_place
 
 logger = logging.getLogger(__name__)
@@ -119,6 +120,32 @@ def device_index(ranks: Ranks, visible: int) -> int:
             f"{visible} GPUs; start at most NPROC={visible} here, or let every process see all GPUs of its machine"
         )
     return ranks.local_rank
+
+
+def zero3_is_on() -> bool:
+    """Whether models that are built now are spread over the ranks by ZeRO-3, as one of this process already may be."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    return bool(is_deepspeed_zero3_enabled())
+
+
+@contextmanager
+def without_zero3() -> Iterator[None]:
+    """Let one rank build, save and load whole models while a ZeRO-3 run is alive.
+
+    transformers does all three on all ranks together then, and hangs where one does them alone.
+    """
+    if not zero3_is_on():
+        yield
+        return
+    from transformers.integrations import deepspeed as transformers_deepspeed
+
+    reference = transformers_deepspeed._hf_deepspeed_config_weak_ref
+    transformers_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        transformers_deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
 def ranks_from_environment() -> Ranks:

@@ -81,7 +81,7 @@ class DataConfig:
     picture_mode: Literal["squash", "crop", "pad", "laion"] = "squash"  # how a picture becomes square
     max_length: AtLeastOne = 2048  # tokens, picture tokens included
     too_long: Literal["drop", "error"] = "drop"  # a longer example is replaced and counted, or stops the run
-    max_bad_share: Share = 0.001  # the run stops when more of the examples had an unreadable picture
+    max_bad_share: Share = 0.001  # of the run's examples; it stops when more of them had an unreadable picture
     similar_generate_share: Share = 0.7  # similar image: asked to generate (tagged), else to describe
     refine_generate_share: Share = 0.5  # prompt refinement: asked to generate (tagged), else to expand the text
     instruction_behind_share: Share = 0.5  # prompt refinement: instruction behind the caption, else before

@@ -25,10 +25,10 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
-from transformers.integrations import deepspeed as transformers_deepspeed
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llmga.checkpoint import write_folder_atomically
+from llmga.images import PictureMode
+from llmga.runtime import without_zero3
 from llmga.tokens import GEN_IMG, TAGS, GenerationTags
 
 VISION_SHARD = "vision_tower.safetensors"
@@ -63,6 +63,15 @@ class Mllm:
         """Make `tags` the pair this model writes, in its config too, so that saved folders know it."""
         self.tags = tags
         self.model.config.generation_tags = next(name for name, pair in TAGS.items() if pair == tags)
+
+    def write_picture_shape(self, size: int, mode: PictureMode) -> None:
+        """Note in the config how training makes pictures square, so that saved folders know it."""
+        self.model.config.picture_size, self.model.config.picture_mode = size, mode
+
+    @property
+    def picture_shape(self) -> tuple[int | None, PictureMode]:
+        """How pictures are made square before the processor sees them, see `read_picture_shape`."""
+        return _picture_shape(self.model.config)
 
     @property
     def tokenizer(self) -> Any:
@@ -191,7 +200,7 @@ def save_mllm(
         FileExistsError: the folder holds something.
     """
     folder = Path(folder)
-    with _without_zero3(), write_folder_atomically(folder) as temporary:
+    with without_zero3(), write_folder_atomically(folder) as temporary:
         model = _standard_model(mllm.model, state_dict if state_dict is not None else mllm.model.state_dict(), dtype)
         model.save_pretrained(temporary, max_shard_size=MAX_SHARD_SIZE)
         mllm.processor.save_pretrained(temporary)
@@ -201,6 +210,21 @@ def save_mllm(
         (temporary / "provenance.json").write_text(text + "\n", encoding="utf-8")
         _check_saved(temporary, model, mllm)
     return folder
+
+
+def read_picture_shape(path: str | Path) -> tuple[int | None, PictureMode]:
+    """How the training of a model folder made pictures square, without loading its weights.
+
+    Returns:
+        `data.picture_size` and `data.picture_mode`; None and "squash" for a folder that does not say.
+    Raises:
+        ModelError: not a LLaVA folder.
+    """
+    return _picture_shape(_read_config(Path(path)))
+
+
+def _picture_shape(config: LlavaConfig) -> tuple[int | None, PictureMode]:
+    return getattr(config, "picture_size", None), getattr(config, "picture_mode", "squash")
 
 
 def standard_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -280,20 +304,6 @@ def _whole(parameters: list[nn.Parameter]) -> Iterator[None]:
         parameter.partition(has_been_updated=True)
 
 
-@contextmanager
-def _without_zero3() -> Iterator[None]:
-    """While a ZeRO-3 run is alive, transformers saves and loads on all ranks together, and hangs where one does it."""
-    if not is_deepspeed_zero3_enabled():
-        yield
-        return
-    reference = transformers_deepspeed._hf_deepspeed_config_weak_ref
-    transformers_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        transformers_deepspeed._hf_deepspeed_config_weak_ref = reference
-
-
 def _standard_model(
     source: LlavaForConditionalGeneration, state_dict: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> LlavaForConditionalGeneration:
@@ -349,5 +359,6 @@ def _check_saved(folder: Path, model: LlavaForConditionalGeneration, mllm: Mllm)
     for name, tensor in reloaded.model.state_dict().items():
         if not torch.equal(tensor, weights[name]):
             raise ModelError(f"{folder}: {name} read back differs from what was saved (or is not finite)")
-    if (reloaded.tags, reloaded.tokenizer.chat_template) != (mllm.tags, mllm.tokenizer.chat_template):
-        raise ModelError(f"{folder}: the tags or the chat template read back differ from what was saved")
+    kept, given = ((each.tags, each.tokenizer.chat_template, each.picture_shape) for each in (reloaded, mllm))
+    if kept != given:
+        raise ModelError(f"{folder}: tags, chat template or picture shape read back differ from what was saved")

@@ -15,7 +15,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
-from llmga.checkpoint import atomic_write
+from llmga.files import atomic_write
 from llmga.images import data_url
 from llmga.records import TASKS
 from llmga.stage1.config import Stage1Config

@@ -31,9 +31,10 @@ from llmga.runtime import (
     seed_everything,
 )
 from llmga.stage1.arguments import engine_name, training_arguments
+from llmga.stage1.bad_samples import BAD_SAMPLES_FILE, BadSampleBudget
 from llmga.stage1.callbacks import BadSamples, CompleteCheckpoints, Figures, SampleReplies, StopWhenAsked
 from llmga.stage1.config import Stage1Config
-from llmga.stage1.data import BAD_SAMPLES_FILE, BadSampleBudget, Collator, Stage1Dataset, build_datasets
+from llmga.stage1.data import Collator, Stage1Dataset, build_datasets
 from llmga.stage1.held_out import mean_token_loss, token_losses
 from llmga.stage1.mixture import rows_per_epoch
 from llmga.stage1.model import Mllm, add_generation_tags, load_mllm, save_mllm, set_trainable
@@ -76,20 +77,14 @@ def train(cfg: Stage1Config) -> Path:
 
 def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals: StopSignal) -> Path:
     """`train`, once it is known that there is something to do."""
-    checkpoint = on_main(lambda: run.start(cfg, cfg.run.resume))
     examples_per_step = cfg.run.batch_size * cfg.run.accumulation_steps * ranks.world_size
     fit = {"examples_per_step": examples_per_step, "engine": engine, "world_size": ranks.world_size}
-    if checkpoint:
-        check_fits(checkpoint, **fit)
-        logger.info("going on from %s", checkpoint)
-    seed_everything(cfg.run.seed)
-    disable_progress_bar()  # transformers' own, of loading and saving
-    if cfg.run.threads:
-        torch.set_num_threads(cfg.run.threads)
+    checkpoint = _start(cfg, run, fit)
 
     # Model: the arguments come first, because under ZeRO-3 they decide how `from_pretrained` spreads the weights.
     arguments = training_arguments(cfg, run.path)
     mllm = load_mllm(cfg.model.path, TAGS[cfg.model.tag_name], cfg.model.attention)
+    mllm.write_picture_shape(cfg.data.picture_size, cfg.data.picture_mode)
     if cfg.model.tags == "tokens":
         add_generation_tags(mllm, TAGS[cfg.model.tag_name])
     accept_saved_names(mllm.model)
@@ -107,13 +102,16 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
     watch = BatchWatch(run.path, ranks, mllm.tokenizer.decode, cfg.run.record_sample_ids)
     watch.attach(mllm.model)
     progress = RunProgress(total_steps, shown=ranks.is_main)
-    figures = Figures(run.metrics, watch, progress, ranks, samples_per_epoch)
+    budget = BadSampleBudget(run.path / BAD_SAMPLES_FILE, cfg.data.max_bad_share, len(data))
+    on_main(lambda: budget.forget_after(checkpoint_step(checkpoint) * examples_per_step if checkpoint else 0))
+    bad_samples = BadSamples(budget, examples_per_step)
+    figures = Figures(run.metrics, watch, progress, ranks, samples_per_epoch, bad_samples.counts)
     if checkpoint:
         figures.totals = read_marker(checkpoint)["totals"]
     callbacks = [
         figures,
         watch,
-        BadSamples(BadSampleBudget(run.path / BAD_SAMPLES_FILE, cfg.data.max_bad_share), examples_per_step),
+        bad_samples,
         StopWhenAsked(signals),
         CompleteCheckpoints(
             run.path, cfg.run.keep_last, mllm.processor, lambda: {**fit, "totals": figures.take_counts()}
@@ -132,10 +130,7 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
         preprocess_logits_for_metrics=token_losses,
         callbacks=callbacks,
     )
-    trainer.remove_callback(PrinterCallback)
-    for tracker in (WandbCallback, TensorBoardCallback):  # behind ours, which complete the figures
-        if (callback := trainer.pop_callback(tracker)) is not None:
-            trainer.add_callback(callback)
+    _order_callbacks(trainer)
 
     # Run
     if signals.agreed():
@@ -147,13 +142,22 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
         raise Interrupted(f"stopped by {signals.received} after step {step} of {total_steps}; {way_on(run)}")
 
     # Save
-    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # ZeRO-3: all ranks give, rank 0 receives
-    mllm.model.config.use_cache = True  # the Trainer has set it to False
-    dtype = torch.bfloat16 if cfg.run.precision == "bf16" else torch.float32
-    with explaining_full_disk(run):
-        on_main(lambda: save_mllm(mllm, state_dict, run.final, _provenance(cfg, step, figures), dtype))
+    _save(cfg, run, trainer, mllm, figures)
     logger.info("finished after %d steps and %d trained tokens: %s", step, figures.totals["trained_tokens"], run.final)
     return run.final
+
+
+def _start(cfg: Stage1Config, run: RunFolder, fit: dict[str, Any]) -> Path | None:
+    """Make folder and process ready; returns the checkpoint that the run goes on from."""
+    checkpoint = on_main(lambda: run.start(cfg, cfg.run.resume))
+    if checkpoint:
+        check_fits(checkpoint, **fit)
+        logger.info("going on from %s", checkpoint)
+    seed_everything(cfg.run.seed)
+    disable_progress_bar()  # transformers' own, of loading and saving
+    if cfg.run.threads:
+        torch.set_num_threads(cfg.run.threads)
+    return checkpoint
 
 
 def _build_data(
@@ -191,6 +195,27 @@ def _answerer(
             pages.write(step, replies)
 
     return answer
+
+
+def _order_callbacks(trainer: Trainer) -> None:
+    """The trackers behind ours, which complete the figures; the Trainer's own printing goes."""
+    trainer.remove_callback(PrinterCallback)
+    for tracker in (WandbCallback, TensorBoardCallback):
+        if (callback := trainer.pop_callback(tracker)) is not None:
+            trainer.add_callback(callback)
+
+
+def _save(cfg: Stage1Config, run: RunFolder, trainer: Trainer, mllm: Mllm, figures: Figures) -> None:
+    """Write `final/`; all ranks call, rank 0 writes."""
+    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # ZeRO-3: all ranks give, rank 0 receives
+    mllm.model.config.use_cache = True  # the Trainer has set it to False
+    dtype = torch.bfloat16 if cfg.run.precision == "bf16" else torch.float32
+
+    def write() -> Path:
+        return save_mllm(mllm, state_dict, run.final, _provenance(cfg, trainer.state.global_step, figures), dtype)
+
+    with explaining_full_disk(run):
+        on_main(write)
 
 
 def _provenance(cfg: Stage1Config, step: int, figures: Figures) -> dict[str, Any]:

@@ -53,12 +53,15 @@ def test_swapped_replies_do_not(world: Path) -> None:
 
 def test_command_writes_result_items_and_page(world: Path, tmp_path: Path) -> None:
     model, out = toy_mllm_folder(tmp_path / "model"), tmp_path / "out"
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "picture_size": 32}))  # as a finished run leaves it
     command = [sys.executable, "eval/language.py", "--model", model, "--base", model, "--data", world / "test.jsonl"]
-    command += ["--out", out, "--rows", "2", "--max-new-tokens", "4", "--picture-size", "32"]
+    command += ["--out", out, "--rows", "2", "--max-new-tokens", "4"]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
     assert "well-formed tags on generation requests" in done.stdout
     result = json.loads((out / "result.json").read_text())
     assert result["protocol"]["records"] == 2 * len(TASKS)
+    assert result["protocol"]["picture_size"] == 32
     rows = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
     assert {row["system"] for row in rows} == {"tuned", "base"}
     pairs = [row["scores"]["tags_well_formed"] for row in rows if row["kind"] == "generation"]

@@ -10,27 +10,32 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlavaForConditionalGeneration
 from transformers.trainer_callback import CallbackHandler
 
-from llmga.checkpoint import latest_checkpoint, read_marker
+from llmga.checkpoint import is_complete, latest_checkpoint, read_marker
 from llmga.config import load_config
 from llmga.stage1.config import Stage1Config
 from llmga.stage1.train import train
 from tests.e2e.stage1_run import (
     PATIENCE,
     ROOT,
+    SCRIPT,
     assert_trained_alike,
     command,
+    free_port,
     make_inputs,
     slow_script,
     start,
     succeed,
     wait_for,
+    weights,
 )
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -51,6 +56,19 @@ def one_dies_after_step_5() -> None:
         return call_event(self, event, args, state, *rest, **kwargs)
 
     CallbackHandler.call_event = call
+
+
+def bad_gradient_in_step_3() -> None:
+    """The last rank's gradients are no numbers, once, after a loss that is one."""
+    if int(os.environ.get("RANK", 0)) != int(os.environ.get("WORLD_SIZE", 1)) - 1:
+        return
+    real_backward, calls = torch.Tensor.backward, []
+
+    def backward(self: torch.Tensor, *args: object, **kwargs: object) -> None:
+        calls.append(1)
+        real_backward(self * float("nan") if len(calls) == 3 else self, *args, **kwargs)
+
+    torch.Tensor.backward = backward
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +114,50 @@ def test_ddp_stops_on_a_signal_and_resumes_on_two_processes_or_on_one(settings: 
     assert (folder / "samples" / "step-6.html").is_file()
 
 
+def test_the_deepspeed_launcher_trains_and_saves(settings: Path, zero2: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    hosts = ("--hostfile", str(tmp_path / "none"), "--num_gpus", "2", "--master_port", str(free_port()))
+    launcher = Path(sys.executable).with_name("deepspeed")
+    overrides = (ZERO2, f"run.output_dir={folder}", "run.batch_size=1", "run.save_every_steps=3")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    ended = subprocess.run(
+        [str(part) for part in (launcher, *hosts, SCRIPT, settings, *overrides)],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-3000:]
+    assert_trained_alike(folder, zero2, 5e-6)
+    assert read_marker(folder / "checkpoint-6")["world_size"] == 2
+    assert latest_checkpoint(folder) == folder / "checkpoint-6" and is_complete(folder / "checkpoint-3")
+
+
 def test_zero2_trains_like_one_process(alone: Path, zero2: Path) -> None:
     assert_trained_alike(zero2, alone, 5e-6)
+
+
+@pytest.mark.parametrize(("stage", "processes"), [(0, 1), (2, 2), (3, 2)])
+def test_a_gradient_that_is_not_finite_stops_all_ranks_of_deepspeed_at_once(
+    settings: Path, tmp_path: Path, stage: int, processes: int
+) -> None:
+    deepspeed = tmp_path / "deepspeed.json"
+    switches = {"compute_grad_norm": False} if stage == 2 else {}  # a user's file may say so; then nobody would look
+    deepspeed.write_text(json.dumps({"zero_optimization": {"stage": stage, **switches}}))
+    folder = tmp_path / "run"
+    overrides = [f"run.deepspeed={deepspeed}", f"run.output_dir={folder}", "run.batch_size=1", "optim.max_grad_norm=0"]
+    rarely = ("run.log_every_steps=100", "run.save_every_steps=1", "data.validation=[]")
+    started = start(settings, *overrides, *rarely, processes=processes, sabotage=bad_gradient_in_step_3)
+    codes = started.wait()
+    assert codes == [1] * processes, started.said()[-3000:]
+    assert "step 3: the gradient is not finite although the loss is. The weights were not touched" in started.said()
+    saved = latest_checkpoint(folder)
+    assert saved == folder / "checkpoint-2"
+    assert all(tensor.isfinite().all() for tensor in weights(saved).values())
+    reports = [json.loads(path.read_text()) for path in sorted((folder / "non_finite" / "step-3").glob("rank*.json"))]
+    expected = [[2 * processes + rank] for rank in range(processes)]
+    assert [report["batches"][0]["sample_ids"] for report in reports] == expected
 
 
 def test_zero3_survives_the_death_of_a_rank_and_agrees_with_zero2(settings: Path, zero2: Path) -> None:

@@ -25,10 +25,12 @@ from llmga.checkpoint import is_complete, latest_checkpoint
 from llmga.config import load_config
 from llmga.run_folder import ResumeError
 from llmga.runtime import RunFailed
+from llmga.stage1.bad_samples import TooManyBadSamples
 from llmga.stage1.config import Stage1Config
-from llmga.stage1.data import TooManyBadSamples
+from llmga.stage1.model import read_picture_shape
 from llmga.stage1.train import train
 from tests.e2e.stage1_run import ROOT, SCRIPT, lines, losses, make_inputs, sample_ids, start, wait_for, weights
+from tests.toy import IMAGE_SIZE_PX
 
 pytestmark = pytest.mark.e2e
 
@@ -175,6 +177,7 @@ def test_the_result_loads_in_plain_transformers_and_knows_its_origin(settings: P
         < model.config.text_config.vocab_size
     )
     assert json.loads((final / "config.json").read_text()).get("use_cache", True) is True
+    assert read_picture_shape(final) == (IMAGE_SIZE_PX, "squash")  # for whoever asks it something
     before = LlavaForConditionalGeneration.from_pretrained(settings.parent / "model").state_dict()
     after = model.state_dict()
     for name in before:
@@ -345,7 +348,10 @@ def test_unreadable_pictures_stop_the_run_past_the_share(settings: Path, elsewhe
         (world / f"train{number}.png").write_bytes(b"no picture")
     source = f"data.sources=[{{path: {world / 'train.jsonl'}}}]"
     train_here(settings, elsewhere, source, "data.max_bad_share=1", "run.max_steps=12", "data.validation=[]")
-    assert {line["kind"] for line in lines(tmp_path / "run" / "bad_samples.jsonl")} == {"picture"}
+    bad = {line["index"] for line in lines(tmp_path / "run" / "bad_samples.jsonl")}
+    shown = {line["step"]: line["replaced_picture"] for line in lines(tmp_path / "run" / "metrics.jsonl")}
+    assert shown == {step: sum(index < 2 * step for index in bad) for step in range(1, 13)}
+    assert shown[12] == 4  # of 24 rows, each met once
     with pytest.raises(TooManyBadSamples, match=r"data\.max_bad_share"):
         train_here(settings, f"run.output_dir={tmp_path / 'strict'}", source, "run.max_steps=12")
 
@@ -385,4 +391,5 @@ def test_wandb_offline_receives_our_figures(settings: Path, elsewhere: str, monk
         received = dict(wandb.run.summary)
     finally:
         wandb.finish()
-    assert {"train/loss", "train/tokens_per_s", "train/lr", "eval/pictures_loss"} <= received.keys()
+    expected = {"train/loss", "train/tokens_per_s", "train/lr", "train/replaced_picture", "train/replaced_too_long"}
+    assert {*expected, "eval/pictures_loss"} <= received.keys()

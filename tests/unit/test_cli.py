@@ -3,6 +3,7 @@
 Run: pytest tests/unit/test_cli.py
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -79,6 +80,8 @@ def test_ask_prints_the_reply_and_nothing_else(tmp_path: Path) -> None:
     from llmga.stage1.reply import Prompt, generate_replies
 
     folder = toy_mllm_folder(tmp_path / "model")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "picture_size": 40, "picture_mode": "crop"}))
     picture = Image.new("RGB", (48, 32), "red")
     picture.save(tmp_path / "red.png")
     options = ["--model", str(folder), "--max-new-tokens", "6"]
@@ -86,7 +89,8 @@ def test_ask_prints_the_reply_and_nothing_else(tmp_path: Path) -> None:
         (str(tmp_path / "red.png"), Prompt([Turn("user", "What is this?", has_picture=True)], picture)),
         ("-", Prompt([Turn("user", "What is this?")])),
     ]:
-        [reply] = generate_replies(load_mllm(folder), [prompt], max_new_tokens=6)
+        shape = {"picture_size": 40, "picture_mode": "crop"}  # what `ask` must find in the folder
+        [reply] = generate_replies(load_mllm(folder), [prompt], max_new_tokens=6, **shape)
         assert run("ask", name, "What is this?", *options)[:2] == (EXIT_OK, reply + "\n")
 
 

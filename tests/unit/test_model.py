@@ -17,6 +17,7 @@ from llmga.stage1.model import (
     ModelError,
     add_generation_tags,
     load_mllm,
+    read_picture_shape,
     save_mllm,
     set_trainable,
     standard_names,
@@ -250,6 +251,19 @@ def test_a_saved_folder_remembers_its_spelling_of_the_tags(tmp_path: Path) -> No
     assert not load_mllm(folder).tags_are_tokens
     assert len(load_mllm(folder).tokenizer) == 263
     assert load_mllm(folder, tags=GEN_IMG).tags == GEN_IMG
+
+
+def test_a_saved_folder_remembers_how_its_pictures_were_made_square(tmp_path: Path) -> None:
+    mllm = tiny_mllm()
+    unsaid = save_mllm(mllm, None, tmp_path / "unsaid", {})
+    assert read_picture_shape(unsaid) == load_mllm(unsaid).picture_shape == (None, "squash")
+    mllm.write_picture_shape(48, "pad")
+    folder = save_mllm(mllm, None, tmp_path / "model", {})
+    again = save_mllm(load_mllm(folder), None, tmp_path / "again", {})
+    assert read_picture_shape(again) == load_mllm(again).picture_shape == (48, "pad")
+    _, info = LlavaForConditionalGeneration.from_pretrained(again, output_loading_info=True)
+    assert not any(info.values())
+    assert AutoProcessor.from_pretrained(again).tokenizer is not None
 
 
 def test_set_trainable_freezes_the_vision_tower_and_keeps_it_in_eval_mode() -> None:
