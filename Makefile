@@ -25,9 +25,6 @@ STAGE1 = scripts/train_stage1.py $(CONFIG) $(ARGS)
 TOY_DATA := data/toy/train.jsonl
 NEEDS_DATA := $(if $(shell grep -sl data/toy $(CONFIG)),$(TOY_DATA))
 
-# Seconds that torchrun lets a run finish its step and save after a signal; its own 30 are too few for a large model.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 900
-
 .PHONY: help
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s%s\n", $$1, $$2}' Makefile

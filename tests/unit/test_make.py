@@ -69,22 +69,6 @@ def test_the_launch_line_can_be_asked_for_and_is_what_stage1_starts(arguments: l
     assert asked.partition(" ")[2].replace("--dry-run ", "") == started.partition(" ")[2]
 
 
-def test_a_large_model_has_time_to_save_after_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.distributed.launcher.api import LaunchConfig
-
-    name = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
-    show = ["make", "-s", f"--eval=show: ; @echo $${name}", "show"]
-
-    def exported(**given: str) -> int:
-        others = {key: value for key, value in os.environ.items() if key != name}
-        return int(subprocess.check_output(show, cwd=REPOSITORY, env={**others, **given}, text=True))
-
-    assert exported() == 900
-    assert exported(**{name: "60"}) == 60  # what a person has set stays
-    monkeypatch.setenv(name, "900")
-    assert LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1).shutdown_timeout == 900  # torchrun listens to it
-
-
 def test_several_machines_must_be_told_where_to_meet() -> None:
     refused = make("launch-line", "NODES=2")
     assert refused.returncode != 0
