@@ -46,7 +46,6 @@ def build_mllm(
     chat_template: str | None = None,
     system_text: str | None = None,
     tags: GenerationTags = GEN_IMG,
-    attention: str = "sdpa",
 ) -> Mllm:
     """Put a LLaVA together; all weights have the dtype that the LLM's folder has.
 
@@ -59,8 +58,8 @@ def build_mllm(
     Raises:
         ModelError, TemplateError: parts that are not what they should be, or do not fit each other.
     """
-    language = _load_llm(llm, attention)
-    tower = _load_tower(vision_tower, language.dtype, attention)
+    language = _load_llm(llm)
+    tower = _load_tower(vision_tower, language.dtype)
     processor = build_processor(llm, vision_tower, chat_template, system_text)
     image_token_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     _check_vocabulary(language, processor.tokenizer, llm)
@@ -164,7 +163,7 @@ def _read_part_config(folder: Path) -> Any:
         ) from error
 
 
-def _load_llm(folder: Path, attention: str) -> Any:
+def _load_llm(folder: Path) -> Any:
     config = _read_part_config(folder)
     if hasattr(config, "vision_config"):
         raise ModelError(
@@ -180,7 +179,6 @@ def _load_llm(folder: Path, attention: str) -> Any:
             folder,
             config=config,
             dtype="auto",
-            attn_implementation=attention,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
@@ -259,14 +257,13 @@ def _vision_config(folder: Path) -> Any:
     return config
 
 
-def _load_tower(folder: Path, dtype: torch.dtype, attention: str) -> Any:
+def _load_tower(folder: Path, dtype: torch.dtype) -> Any:
     config = _vision_config(folder)
     with quiet_loading():
         tower, info = AutoModel.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
-            attn_implementation=attention,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )

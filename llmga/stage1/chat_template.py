@@ -1,19 +1,19 @@
-"""Which chat template a run uses: the tokenizer's own where it marks the answers, else a file of `templates/`.
+"""Which chat template a run uses: the tokenizer's own where it marks the answers, else a row of the table below.
 
-A template file is Jinja, readable as it stands. It takes an optional system turn; without one it writes the text that
-was put in place of `SYSTEM_TEXT`, which for new runs is `templates/system.txt`, the one system text of ours.
+The template of a row is `templates/<name>.jinja`; `read_template` makes it complete: in front of it stand `parts.jinja`,
+which all share, and our own system text (`templates/system.txt`), which a system turn or `model.system_prompt` replaces.
+Templates of released weights, quirks included, come with converted folders (`llmga.stage1.families`).
 """
 
 import json
 from itertools import pairwise
 from typing import Any
 
-from llmga.stage1.config import TEMPLATE_DIR
 from llmga.stage1.conversation import ConversationError, Turn, encode_conversation, encode_prompt, marks_answers
+from llmga.stage1.families import TEMPLATES
 from llmga.tokens import IGNORE_INDEX, TAG_LITERALS, neutralise
 
-SYSTEM_TEXT_FILE = TEMPLATE_DIR / "system.txt"
-_SYSTEM_SLOT = '"SYSTEM_TEXT"'
+SYSTEM_TEXT_FILE = TEMPLATES / "system.txt"
 
 # Template -> what its turns are made of. A row fits a tokenizer that has all of them as tokens, or whose own template
 # writes all of them; the first row that fits is taken. A new family is a new row and a new file.
@@ -34,19 +34,19 @@ class TemplateError(ValueError):
 
 def template_names() -> list[str]:
     """What `model.chat_template` can name."""
-    return sorted(path.stem for path in TEMPLATE_DIR.glob("*.jinja"))
+    return sorted(MARKERS)
 
 
 def read_template(name: str, system_text: str | None = None) -> str:
-    """One of `template_names()` as Jinja text, complete with its system text.
+    """The chat template of a row, complete in itself.
 
     Args:
         system_text: None takes ours; the empty string writes none.
     """
     system_text = SYSTEM_TEXT_FILE.read_text(encoding="utf-8") if system_text is None else system_text
     # A JSON string is a Jinja string too, as long as what is not ASCII stays as it is.
-    literal = json.dumps(system_text.strip(), ensure_ascii=False)
-    return (TEMPLATE_DIR / f"{name}.jinja").read_text(encoding="utf-8").replace(_SYSTEM_SLOT, literal)
+    header = f"{{%- set default_system = {json.dumps(system_text.strip(), ensure_ascii=False)} -%}}\n"
+    return header + "".join((TEMPLATES / f"{part}.jinja").read_text(encoding="utf-8") for part in ("parts", name))
 
 
 def set_chat_template(processor: Any, name: str | None, system_text: str | None, where: str) -> str | None:

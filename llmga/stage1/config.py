@@ -12,8 +12,8 @@ from pydantic.dataclasses import dataclass
 from llmga.config import STRICT, AtLeastOne, NotNegative, OptimConfig, RunConfig, Share, combination
 from llmga.config_report import nearest_word
 from llmga.files import no_such_file
+from llmga.stage1.chat_template import template_names
 
-TEMPLATE_DIR = Path(__file__).parent / "templates"
 Task = Literal["prompt_refinement", "similar_image", "inpainting", "outpainting", "editing", "vqa", "qa"]
 
 
@@ -35,7 +35,7 @@ class ModelConfig:
     llm: Path | None = None  # instead of path: folder of a causal LM, together with vision_tower
     vision_tower: Path | None = None  # folder of a CLIP or SigLIP model; its text half is left out
     projector: Path | None = None  # trained projector weights for the parts, a file or a run's final/; None: fresh ones
-    chat_template: str | None = None  # a file of llmga/stage1/templates; None: the tokenizer's own, else what fits it
+    chat_template: str | None = None  # a row of llmga.stage1.chat_template; None: the tokenizer's own, else what fits
     system_prompt: Path | None = None  # text file that replaces our own system text; an empty file: no system text
     lora: LoraConfig | None = None  # train adapters and the projector instead of all weights
     quantize: Literal["none", "nf4"] = "none"  # of the LLM's frozen weights, under adapters
@@ -71,7 +71,7 @@ class ModelConfig:
 
     @combination("chat_template")
     def _template_known(self) -> str | None:
-        known = sorted(path.stem for path in TEMPLATE_DIR.glob("*.jinja"))
+        known = template_names()
         if self.chat_template is None or self.chat_template in known:
             return None
         return (
