@@ -1,4 +1,4 @@
-"""Tiny random base models of every family: tokenizers of the right kind, trained on a few sentences, and odd embeddings.
+"""Tiny random base models of every family: tokenizers of the right kind, and embeddings that are tied, padded or odd.
 
 `from tests.base_models import FAMILIES, make_llm, make_tower`
 """

@@ -1,8 +1,9 @@
 """Which chat template a run uses: the tokenizer's own where it marks the answers, else a row of the table below.
 
-The template of a row is `templates/<name>.jinja`; `read_template` makes it complete: in front of it stand `parts.jinja`,
-which all share, and our own system text (`templates/system.txt`), which a system turn or `model.system_prompt` replaces.
-Templates of released weights, quirks included, come with converted folders (`llmga.stage1.families`).
+The template of a row is `templates/<name>.jinja`; `read_template` makes it complete: in front of it stand
+`parts.jinja`, which all share, and our own system text (`templates/system.txt`), which a system turn or
+`model.system_prompt` replaces. Templates of released weights, quirks included, come with converted folders
+(`llmga.stage1.families`).
 """
 
 import json

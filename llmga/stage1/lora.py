@@ -102,7 +102,7 @@ def save_adapter(
         facts = {**provenance, "generation_tags": mllm.model.config.generation_tags}
         text = json.dumps(facts, indent=2, ensure_ascii=False, default=str)
         (temporary / "provenance.json").write_text(text + "\n", encoding="utf-8")
-        _, reloaded = _load_unmerged(temporary, None, "sdpa", next(iter(given.values())).dtype, None)
+        _, reloaded = _load_unmerged(temporary, None, None, next(iter(given.values())).dtype, None)
         found = get_peft_model_state_dict(reloaded, save_embedding_layers=False)
         for name in found.keys() | given.keys():
             if (
@@ -122,7 +122,7 @@ def is_adapter(folder: Path) -> bool:
 def load_adapter(
     folder: Path,
     tags: GenerationTags | None = None,
-    attention: str = "sdpa",
+    attention: str | None = None,
     dtype: torch.dtype = torch.float32,
     base: Path | None = None,
 ) -> Mllm:
@@ -152,7 +152,7 @@ def merge_adapter(adapter: Path, folder: Path, base: Path | None = None, dtype: 
         ModelError: the merged model answers otherwise, or as for `load_adapter` and `save_mllm`.
         FileExistsError: the folder holds something.
     """
-    mllm, model = _load_unmerged(adapter, None, "sdpa", torch.float32, base)
+    mllm, model = _load_unmerged(adapter, None, None, torch.float32, base)
     expected = _probe(mllm)
     mllm.model = model.merge_and_unload()
     mllm.write_tags(mllm.tags)
@@ -179,7 +179,7 @@ def _base_of(folder: Path, base: Path | None) -> Path:
 
 
 def _load_unmerged(
-    folder: Path, tags: GenerationTags | None, attention: str, dtype: torch.dtype, base: Path | None
+    folder: Path, tags: GenerationTags | None, attention: str | None, dtype: torch.dtype, base: Path | None
 ) -> tuple[Mllm, PeftModel]:
     """A base with the adapter beside its weights."""
     config, processor = PeftConfig.from_pretrained(folder), load_processor(folder)
