@@ -28,7 +28,7 @@ from llmga.stage1.chat_template import set_chat_template
 from llmga.stage1.model import Mllm
 from llmga.stage1.model_checks import ModelError, has_class_token, quiet_loading, refuse_misfit
 from llmga.stage1.pixels import PixelEncoder
-from llmga.stage1.projector import ProjectorError, read_projector
+from llmga.stage1.projector import fill_projector
 from llmga.stage1.reply import stop_ids
 from llmga.tokens import GEN_IMG, TAG_LITERALS, GenerationTags
 
@@ -52,7 +52,7 @@ def build_mllm(
     Args:
         llm: folder of a causal LM, with its tokenizer.
         vision_tower: folder of a CLIP or SigLIP model, whole or its vision half, with its image processor.
-        projector: trained weights, see `read_projector`; None draws fresh ones from torch's global generator.
+        projector: trained weights, see `fill_projector`; None draws fresh ones from torch's global generator.
         chat_template, system_text: see `set_chat_template`.
         tags: the pair the model will write; stays plain text here.
     Raises:
@@ -136,16 +136,7 @@ def _projector(config: LlavaConfig, path: Path | None) -> nn.Module:
             nn.init.normal_(linear.weight, std=config.get_text_config().initializer_range)
             nn.init.zeros_(linear.bias)
         return projector
-    given, expected = read_projector(path), projector.state_dict()
-    for name, tensor in expected.items():
-        shape = tuple(given[name].shape) if name in given else "nothing"
-        if shape != tuple(tensor.shape):
-            raise ProjectorError(
-                f"{path}: {name} is {shape}, expected {tuple(tensor.shape)}: a projector from the vision tower's "
-                f"{config.vision_config.hidden_size} channels to the LLM's {config.text_config.hidden_size}; "
-                "give one that was trained between these two"
-            )
-    projector.load_state_dict(given)
+    fill_projector(projector, path, config.text_config.model_type)
     return projector
 
 

@@ -198,12 +198,14 @@ class Stage1Config:
             return None
         return f"flash_attention_2 computes in bf16 only, found {self.run.precision}; set one of the two otherwise"
 
-    @combination("model.quantize", "model.lora", "run.deepspeed", machine=True)
+    @combination("model.quantize", "model.lora", "model.tags", "run.deepspeed", machine=True)
     def _adapters_under_deepspeed(self) -> str | None:
         if self.model.lora is None or zero_stage(self.run.deepspeed) != 3:
             return None
         if self.model.quantize != "none":
             return f"{self.model.quantize} weights cannot be spread by ZeRO-3; give a DeepSpeed file of stage 2"
+        if self.model.tags == "tokens":
+            return "rows of added tags cannot be trained beside adapters under ZeRO-3; set tags to text, or use stage 2"
         return None
 
     @combination("run.eval_every_steps", "data.validation")

@@ -216,12 +216,14 @@ def save_mllm(
 
 def standard_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the same tensors under the names of an in-memory `LlavaForConditionalGeneration`."""
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in state_dict.items():
-        for pattern, replacement in _IN_MEMORY_NAMES:
-            name = pattern.sub(replacement, name)
-        renamed[name] = tensor
-    return renamed
+    return {standard_name(name): tensor for name, tensor in state_dict.items()}
+
+
+def standard_name(name: str) -> str:
+    """What `standard_names` does to one name."""
+    for pattern, replacement in _IN_MEMORY_NAMES:
+        name = pattern.sub(replacement, name)
+    return name
 
 
 def read_config(path: Path) -> LlavaConfig:

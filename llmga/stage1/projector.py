@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+
+from llmga.stage1.families import FAMILIES
+from llmga.stage1.released_projector import find_projector, read_projector
 
 PROJECTOR_FILE = "projector.safetensors"
 _PREFIX = "multi_modal_projector."
@@ -24,18 +26,30 @@ def projector_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def read_projector(path: Path) -> dict[str, Tensor]:
-    """Read a projector file, or the one in a finished run's folder, by the names in `LlavaMultiModalProjector`.
+def fill_projector(projector: nn.Module, path: Path, text_model_type: str) -> None:
+    """Load trained weights into a `LlavaMultiModalProjector`.
 
+    Args:
+        path: a file in transformers' or LLaVA's names (`mm_projector.bin`), or a folder with one, such as `final/` of
+            a run that trained it.
+        text_model_type: of the LLM; LLaVA's names hold other numbers for some (`Family.scales_inputs`).
     Raises:
-        ProjectorError: no such file, or it holds no projector.
+        ProjectorError: no such file, or a projector between other models.
+        ConvertError: a file of another kind.
     """
-    file = path / PROJECTOR_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise ProjectorError(f"{path}: no {PROJECTOR_FILE} there; give the file, or final/ of a run with a trained one")
-    if file.suffix != ".safetensors":
-        raise ProjectorError(f"{file}: expected a .safetensors file, such as the {PROJECTOR_FILE} of a finished run")
-    weights = {n.removeprefix(_PREFIX): tensor for n, tensor in load_file(file).items() if n.startswith(_PREFIX)}
-    if not weights:
-        raise ProjectorError(f"{file}: no weight there is named {_PREFIX}...; give a file that holds a projector")
-    return weights
+    own = path / PROJECTOR_FILE
+    file = own if own.is_file() else find_projector(path)
+    if file is None:
+        raise ProjectorError(
+            f"{path}: no projector there; give {PROJECTOR_FILE} of a run that trained one, or its folder"
+        )
+    row = next((row for row in FAMILIES.values() if row.text_model_type == text_model_type), None)
+    given, expected = read_projector(file, row), projector.state_dict()
+    for name, tensor in expected.items():
+        if given[name].shape != tensor.shape:
+            into, out_of = expected["linear_1.weight"].shape
+            raise ProjectorError(
+                f"{file}: {name} is {tuple(given[name].shape)}, expected {tuple(tensor.shape)}, for the vision tower "
+                f"has {out_of} channels and the LLM {into}; give a projector that was trained between these two"
+            )
+    projector.load_state_dict(given)
