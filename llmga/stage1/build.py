@@ -25,10 +25,12 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from llmga.stage1.added_tokens import give_rows, num_token_ids
 from llmga.stage1.chat_template import set_chat_template
+from llmga.stage1.families import FAMILIES
 from llmga.stage1.model import Mllm
 from llmga.stage1.model_checks import ModelError, has_class_token, quiet_loading, refuse_misfit
 from llmga.stage1.pixels import PixelEncoder
-from llmga.stage1.projector import fill_projector
+from llmga.stage1.projector import PROJECTOR_FILE
+from llmga.stage1.released_projector import find_projector, read_projector
 from llmga.stage1.reply import stop_ids
 from llmga.tokens import GEN_IMG, TAG_LITERALS, GenerationTags
 
@@ -37,6 +39,10 @@ _ROWS_MULTIPLE = 64  # a vocabulary of such a size keeps the head's matrix produ
 _FEATURE_LAYER = -2  # of the tower: the last layer but one, as LLaVA has it
 _PROBE_TOKENS = 16
 logger = logging.getLogger(__name__)
+
+
+class ProjectorError(ValueError):
+    """A file that holds no projector, or one of other sizes."""
 
 
 def build_mllm(
@@ -128,6 +134,35 @@ def build_processor(
 # ---------------------------------------------------------------- the projector
 
 
+def fill_projector(projector: nn.Module, path: Path, text_model_type: str) -> None:
+    """Load trained weights into a `LlavaMultiModalProjector`.
+
+    Args:
+        path: a file in transformers' or LLaVA's names (`mm_projector.bin`), or a folder with one, such as `final/` of
+            a run that trained it.
+        text_model_type: of the LLM; LLaVA's names hold other numbers for some (`Family.scales_inputs`).
+    Raises:
+        ProjectorError: no such file, or a projector between other models.
+        ConvertError: a file of another kind.
+    """
+    own = path / PROJECTOR_FILE
+    file = own if own.is_file() else find_projector(path)
+    if file is None:
+        raise ProjectorError(
+            f"{path}: no projector there; give {PROJECTOR_FILE} of a run that trained one, or its folder"
+        )
+    row = next((row for row in FAMILIES.values() if row.text_model_type == text_model_type), None)
+    given, expected = read_projector(file, row), projector.state_dict()
+    for name, tensor in expected.items():
+        if given[name].shape != tensor.shape:
+            into, out_of = expected["linear_1.weight"].shape
+            raise ProjectorError(
+                f"{file}: {name} is {tuple(given[name].shape)}, expected {tuple(tensor.shape)}, for the vision tower "
+                f"has {out_of} channels and the LLM {into}; give a projector that was trained between these two"
+            )
+    projector.load_state_dict(given)
+
+
 def _projector(config: LlavaConfig, path: Path | None) -> nn.Module:
     projector = LlavaMultiModalProjector(config)
     if path is None:
@@ -193,7 +228,10 @@ def _load_tokenizer(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"{folder}: no tokenizer can be loaded from there ({reason}); add its files") from error
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded ({reason}); download its files again") from error
+    files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+    if not any((folder / name).is_file() for name in files):  # transformers would make an empty one
+        raise ModelError(f"{folder}: no tokenizer there (none of {', '.join(sorted(files))}); add its files")
     if not tokenizer.is_fast:
         raise ModelError(
             f"{folder}: the tokenizer cannot say which characters a token stands for; add a tokenizer.json"

@@ -101,7 +101,7 @@ class ModelConfig:
         if self.quantize == "none" or importlib.util.find_spec("bitsandbytes"):
             return None
         return (
-            f"{self.quantize} needs the package bitsandbytes, which is not installed; pip install 'bitsandbytes>=0.50'"
+            f"{self.quantize} needs the package bitsandbytes, which is not installed; pip install '.[gpu]'"
         )
 
     @combination("attention", machine=True)
