@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from llmga.config import STRICT, AtLeastOne, NotNegative, OptimConfig, RunConfig, Share, combination
 from llmga.config_report import nearest_word
 from llmga.files import no_such_file
-from llmga.stage1.chat_template import template_names
+from llmga.stage1.chat_rows import template_names
 
 Task = Literal["prompt_refinement", "similar_image", "inpainting", "outpainting", "editing", "vqa", "qa"]
 
@@ -35,7 +35,7 @@ class ModelConfig:
     llm: Path | None = None  # instead of path: folder of a causal LM, together with vision_tower
     vision_tower: Path | None = None  # folder of a CLIP or SigLIP model; its text half is left out
     projector: Path | None = None  # trained projector weights for the parts, a file or a run's final/; None: fresh ones
-    chat_template: str | None = None  # a row of llmga.stage1.chat_template; None: the tokenizer's own, else what fits
+    chat_template: str | None = None  # a row of llmga.stage1.chat_rows; None: the tokenizer's own, else what fits
     system_prompt: Path | None = None  # text file that replaces our own system text; an empty file: no system text
     lora: LoraConfig | None = None  # train adapters and the projector instead of all weights
     quantize: Literal["none", "nf4"] = "none"  # of the LLM's frozen weights, under adapters
@@ -100,9 +100,7 @@ class ModelConfig:
     def _bitsandbytes_installed(self) -> str | None:
         if self.quantize == "none" or importlib.util.find_spec("bitsandbytes"):
             return None
-        return (
-            f"{self.quantize} needs the package bitsandbytes, which is not installed; pip install '.[gpu]'"
-        )
+        return f"{self.quantize} needs the package bitsandbytes, which is not installed; pip install '.[gpu]'"
 
     @combination("attention", machine=True)
     def _flash_attention_installed(self) -> str | None:

@@ -149,9 +149,10 @@ def merge_adapter(adapter: Path, folder: Path, base: Path | None = None, dtype: 
     Returns:
         The largest difference of a logit, over a question with a picture, between adapter beside base and merged model.
     Raises:
-        ModelError: the merged model answers otherwise, or as for `load_adapter` and `save_mllm`.
-        FileExistsError: the folder holds something.
+        ModelError: the merged model answers otherwise, the folder holds something, or as for `load_adapter`.
     """
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ModelError(f"{folder} exists already and is not empty; move it away or choose another folder")
     mllm, model = _load_unmerged(adapter, None, None, torch.float32, base)
     expected = _probe(mllm)
     mllm.model = model.merge_and_unload()
@@ -182,6 +183,10 @@ def _load_unmerged(
     folder: Path, tags: GenerationTags | None, attention: str | None, dtype: torch.dtype, base: Path | None
 ) -> tuple[Mllm, PeftModel]:
     """A base with the adapter beside its weights."""
+    if not is_adapter(folder):
+        raise ModelError(
+            f"{folder}: no {ADAPTER_CONFIG} there; give an adapter, such as final/ of a run with model.lora"
+        )
     config, processor = PeftConfig.from_pretrained(folder), load_processor(folder)
     if tags is None and (folder / "provenance.json").is_file():
         facts = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))

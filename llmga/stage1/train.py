@@ -38,7 +38,7 @@ from llmga.stage1.data import BAD_SAMPLES_FILE, BadSampleBudget, Collator, Stage
 from llmga.stage1.held_out import mean_token_loss, token_losses
 from llmga.stage1.mixture import rows_per_epoch
 from llmga.stage1.model import Mllm
-from llmga.stage1.resume import accept_saved_names
+from llmga.stage1.resume import accept_saved_names, check_same_adapter
 from llmga.stage1.sample_page import SamplePages
 from llmga.stage1.samples import answer_questions, draw_questions
 from llmga.stage1.start import input_paths, save_result, start_model
@@ -94,6 +94,8 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
     start = start_model(cfg, run.path / "base")
     mllm = start.mllm
     accept_saved_names(start.trained)
+    if checkpoint:
+        check_same_adapter(checkpoint, start.trained)
 
     # Data
     data, held_out = _build_data(cfg, mllm, run, examples_per_step)

@@ -1,6 +1,6 @@
 """Any base model through the real trainer: from its parts, with fresh or trained projector, whole or through adapters.
 
-A family that builds may still not train: a head that stays behind, a template the data cannot use, a folder nobody loads.
+A family that builds may still not train: a head that stays behind, a template the data cannot use.
 Run: pytest tests/e2e/test_stage1_families.py
 """
 
@@ -132,8 +132,14 @@ def test_an_adapter_run_resumes_to_the_bit(settings: Path, alone: Path) -> None:
     assert losses(folder) == losses(alone)
     shutil.rmtree(folder / "final")
     shutil.rmtree(folder / "checkpoint-6")
-    with pytest.raises((ResumeError, RuntimeError, ValueError)):
+    with pytest.raises(
+        ResumeError, match=r"holds adapters of rank 4 on .*, this run trains adapters of rank 8 on .*; set"
+    ):
         train(load_config(Stage1Config, settings, [*overrides, "model.lora.rank=8"]))
+    with pytest.raises(
+        ResumeError, match=r"holds adapters of rank 4 on .*, this run trains whole weights; set model.lora"
+    ):
+        train(load_config(Stage1Config, settings, [overrides[-1]]))
 
 
 @pytest.mark.parametrize(("engine", "tags"), [("ddp", "tokens"), ("zero2", "tokens"), ("zero3", "text")])

@@ -16,14 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from llmga.stage1.added_tokens import add_generation_tags
 from llmga.stage1.build import ProjectorError, build_mllm, build_processor
-from llmga.stage1.chat_template import (
-    MARKERS,
-    SYSTEM_TEXT_FILE,
-    TemplateError,
-    read_template,
-    set_chat_template,
-    template_names,
-)
+from llmga.stage1.chat_rows import MARKERS, SYSTEM_TEXT_FILE, read_template, template_names
+from llmga.stage1.chat_template import TemplateError, set_chat_template
 from llmga.stage1.conversation import Turn, encode_conversation, encode_prompt
 from llmga.stage1.model import Mllm, ModelError, load_mllm, save_mllm
 from llmga.stage1.projector import projector_weights

@@ -15,6 +15,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
+from typer.testing import CliRunner
+
+from llmga.cli import app
+from llmga.config import EXIT_BAD_INPUT, EXIT_OK
 from llmga.stage1.added_tokens import add_generation_tags
 from llmga.stage1.build import build_mllm
 from llmga.stage1.config import LoraConfig
@@ -158,3 +162,20 @@ def test_weights_missing_from_an_adapter(saved: Callable[[str], Path]) -> None:
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"does not fit .*1 weights missing, 1 unknown, first .*lora_A"):
         load_mllm(folder)
+
+
+def test_the_command_merges_and_tells_what_is_wrong(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    adapter = saved("phi3")
+    result = CliRunner().invoke(app, ["merge", str(adapter), str(tmp_path / "whole"), "--dtype", "bfloat16"])
+    assert result.exit_code == EXIT_OK and "no logit differs by more than" in result.stdout
+    assert load_mllm(tmp_path / "whole", dtype=torch.bfloat16).tags_are_tokens
+    assert {tensor.dtype for tensor in load_file(tmp_path / "whole" / "model.safetensors").values()} == {torch.bfloat16}
+    provenance = json.loads((tmp_path / "whole" / "provenance.json").read_text())
+    assert provenance["merged_from"]["adapter"] == str(adapter) and provenance["adapter"]["commit"] == "abc"
+    for arguments, message in (
+        ([str(adapter), str(tmp_path / "whole")], "whole exists already and is not empty; move it away"),
+        ([str(tmp_path), str(tmp_path / "other")], "no adapter_config.json there; give an adapter, such as final/"),
+        ([str(adapter), str(tmp_path / "other"), "--dtype", "int8"], "expected float32, bfloat16 or float16"),
+    ):
+        result = CliRunner().invoke(app, ["merge", *arguments])
+        assert result.exit_code == EXIT_BAD_INPUT and message in result.stderr.replace("\n", " ")
