@@ -64,9 +64,10 @@ def build_mllm(
     Raises:
         ModelError, TemplateError: parts that are not what they should be, or do not fit each other.
     """
-    language = _load_llm(llm)
+    llm_config = _llm_config(llm)
+    processor = build_processor(llm, vision_tower, chat_template, system_text)  # what costs nothing fails first
+    language = _load_llm(llm, llm_config)
     tower = _load_tower(vision_tower, language.dtype)
-    processor = build_processor(llm, vision_tower, chat_template, system_text)
     image_token_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     _check_vocabulary(language, processor.tokenizer, llm)
 
@@ -189,7 +190,7 @@ def _read_part_config(folder: Path) -> Any:
         ) from error
 
 
-def _load_llm(folder: Path) -> Any:
+def _llm_config(folder: Path) -> Any:
     config = _read_part_config(folder)
     if hasattr(config, "vision_config"):
         raise ModelError(
@@ -200,6 +201,10 @@ def _load_llm(folder: Path) -> Any:
         raise ModelError(
             f"{folder}/config.json: model_type {config.model_type!r} is no causal LM; give such a folder as model.llm"
         )
+    return config
+
+
+def _load_llm(folder: Path, config: Any) -> Any:
     with quiet_loading():
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -3,8 +3,8 @@
 from itertools import pairwise
 from typing import Any
 
-from llmga.stage1.conversation import ConversationError, Turn, encode_conversation, encode_prompt, marks_answers
 from llmga.stage1.chat_rows import MARKERS, read_template, template_names
+from llmga.stage1.conversation import ConversationError, Turn, encode_conversation, encode_prompt, marks_answers
 from llmga.tokens import IGNORE_INDEX, TAG_LITERALS, neutralise
 
 

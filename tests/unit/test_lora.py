@@ -14,7 +14,6 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
-
 from typer.testing import CliRunner
 
 from llmga.cli import app
