@@ -8,14 +8,17 @@ imported. Tensors pass one by one, so the memory needed is that of one shard, wh
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llmga.checkpoint import write_folder_atomically
+from llmga.checkpoint import is_disk_full, write_folder_atomically
 from llmga.run_folder import hashes
-from llmga.runtime import environment
+from llmga.runtime import RunFailed, environment
 from llmga.stage1.families import FAMILIES, Family
 from llmga.stage1.released_config import candidate_families, read_json
 from llmga.stage1.released_export import TransformersCheckpoint, write_released
@@ -83,6 +86,7 @@ def convert_checkpoint(
         shard_bytes: size of one file of weights, and with it the memory needed.
     Raises:
         ConvertError: anything that does not fit, before the destination appears.
+        RunFailed: the disk filled up while writing.
     """
     source, destination = Path(source), Path(destination)
     if to not in FORMATS:
@@ -114,20 +118,47 @@ def _to_transformers(source: Path, destination: Path, row: Family | None, wishes
     if row is not None and row not in candidates:
         names = " or ".join(candidate.name for candidate in candidates)
         raise ConvertError(f"{source}/config.json says {config['model_type']!r}, which is {names} and not {row.name}")
-    with ReleasedCheckpoint(source, config, [row] if row else candidates, wishes) as checkpoint:
-        with write_folder_atomically(destination) as aside:
-            facts = write_transformers(checkpoint, aside)
-            _write_provenance(aside, source, "hf", facts)
+    with (
+        ReleasedCheckpoint(source, config, [row] if row else candidates, wishes) as checkpoint,
+        _room_for(checkpoint.weights.num_bytes, destination) as aside,
+        ThreadPoolExecutor(1) as hasher,
+    ):
+        inputs = hasher.submit(hashes, [source])  # reads along, mostly from the page cache
+        facts = write_transformers(checkpoint, aside)
+        _write_provenance(aside, "hf", facts, inputs.result())
     return facts
 
 
 def _to_llava(source: Path, destination: Path, row: Family | None, wishes: Wishes) -> Facts:
     _read_config(source)
-    with TransformersCheckpoint(source, row, wishes.needs_tokenizer) as checkpoint:
-        with write_folder_atomically(destination) as aside:
-            facts = write_released(checkpoint, aside, wishes.shard_bytes)
-            _write_provenance(aside, source, "llava", facts)
+    with (
+        TransformersCheckpoint(source, row, wishes.needs_tokenizer) as checkpoint,
+        _room_for(checkpoint.weights.num_bytes, destination) as aside,
+        ThreadPoolExecutor(1) as hasher,
+    ):
+        inputs = hasher.submit(hashes, [source])  # reads along, mostly from the page cache
+        facts = write_released(checkpoint, aside, wishes.shard_bytes)
+        _write_provenance(aside, "llava", facts, inputs.result())
     return facts
+
+
+@contextmanager
+def _room_for(num_bytes: int, destination: Path) -> Iterator[Path]:
+    """`write_folder_atomically` where there is room; a disk that fills up all the same is told in one sentence."""
+    home = next(parent for parent in destination.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(home).free
+    if free < num_bytes:
+        raise ConvertError(
+            f"{destination} needs {num_bytes / 1e9:.1f} GB and {home} has {free / 1e9:.1f} GB free; make room or "
+            "choose another place"
+        )
+    try:
+        with write_folder_atomically(destination) as aside:
+            yield aside
+    except Exception as error:
+        if is_disk_full(error):
+            raise RunFailed(f"{destination} could not be written, the disk is full; make room and try again") from error
+        raise
 
 
 def _convert_projector(path: Path, destination: Path, to: Literal["hf", "llava"], row: Family | None) -> Report:
@@ -170,14 +201,14 @@ def _refuse_adapters(source: Path) -> None:
         )
 
 
-def _write_provenance(folder: Path, source: Path, to: str, facts: Facts) -> None:
+def _write_provenance(folder: Path, to: str, facts: Facts, inputs: list[dict[str, Any]]) -> None:
     provenance = {
         "made_by": f"llmga convert --to {to}",
         "family": facts.family,
         "found": facts.found,
         "wrote": facts.wrote,
         "warnings": facts.warnings,
-        "inputs": hashes([source]),
+        "inputs": inputs,
         **{key: value for key, value in environment().items() if key in ("commit", "versions")},
     }
     text = json.dumps(provenance, indent=2, ensure_ascii=False, default=str)

@@ -172,6 +172,8 @@ def llava_config(source: Mapping[str, Any], family: Family, tower: Tower, path: 
     except Exception as error:  # huggingface_hub's own classes, whose text names the field
         reason = " ".join(str(error).split())
         raise ConvertError(f"{path}: these are no settings of a {family.text_model_type} model: {reason}") from None
+    if (text_config.pad_token_id or 0) >= text_config.vocab_size:  # a default of the class, for its full vocabulary
+        text_config.pad_token_id = None
     num_patches = (tower.config.image_size // tower.config.patch_size) ** 2
     return LlavaConfig(
         text_config=text_config,
@@ -199,12 +201,13 @@ def released_config(config: LlavaConfig, family: Family, original: Mapping[str, 
         text["rope_theta"] = rope.pop("rope_theta")
     released_types = {today: released for released, today in family.rope_types.items()}
     rope_type = rope.pop("rope_type", "default")
-    partial = rope.pop("partial_rotary_factor", None)
-    if partial not in (None, 1.0):
-        text["partial_rotary_factor"] = partial
-    text["rope_scaling"] = None
-    if rope_type != "default":
-        text["rope_scaling"] = {"type": released_types.get(rope_type, rope_type), **rope}
+    rope.pop("type", None)  # the same under its older name
+    if "original_max_position_embeddings" in text:  # said once: the old code counts the keys of rope_scaling
+        rope.pop("original_max_position_embeddings", None)
+    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+        text["partial_rotary_factor"] = dict(config.text_config.rope_parameters)["partial_rotary_factor"]
+    scaled = {"type": released_types.get(rope_type, rope_type), **rope}
+    text["rope_scaling"] = None if rope_type == "default" else scaled
     strategies = {ours: theirs for theirs, ours in _SELECT_STRATEGIES.items()}
     own = {
         "architectures": [family.architecture],

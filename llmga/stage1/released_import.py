@@ -268,13 +268,15 @@ def _system_text(checkpoint: ReleasedCheckpoint) -> tuple[str, str]:
     if known is None:
         if path is not None:
             raise ConvertError(
-                f"{path}: the {checkpoint.family.name} weights were trained without a system text; leave --system-prompt out"
+                f"{path}: the {checkpoint.family.name} weights were trained without a system text; "
+                "leave --system-prompt out"
             )
         return "", "none, as trained"
     if path is None:
         checkpoint.warnings.append(
-            f"the {checkpoint.family.name} weights were trained with a system text of {known.characters} characters, which is "
-            "not ours to ship; the slot stays empty and replies may be worse: convert again with --system-prompt FILE"
+            f"the {checkpoint.family.name} weights were trained with a system text of {known.characters} characters, "
+            "which is not ours to ship; the slot stays empty and replies may be worse: convert again with "
+            "--system-prompt FILE"
         )
         return "", "empty slot"
     try:

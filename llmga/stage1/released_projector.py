@@ -1,8 +1,8 @@
 """The projector of LLaVA's code <-> transformers': two layers under other names, and a factor for scaled inputs.
 
 Where the LLM of the reference's day multiplied all its inputs by sqrt(hidden_size) (`Family.scales_inputs`), picture
-features were multiplied, too. transformers 5 multiplies token embeddings alone, so the last layer takes the factor over.
-The first layer keeps its weights: only what leaves the projector is scaled.
+features were multiplied, too. transformers 5 multiplies token embeddings alone, so the last layer takes the factor
+over. The first layer keeps its weights: only what leaves the projector is scaled.
 """
 
 import re

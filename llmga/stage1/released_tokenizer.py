@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AddedToken, AutoTokenizer
+from jinja2 import TemplateError
+from transformers import AddedToken, AutoTokenizer, PreTrainedConfig
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from llmga.stage1.families import Family, released_template
@@ -22,7 +23,7 @@ TOKENIZER_FILES = (
     *("vocab.json", "merges.txt"),
 )
 _ANY_OF_THESE = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_SPACE_MARKS = (" ", "")
+_SPACE_MARKS = ("", " ")  # the plainest that fits
 _ROWS_MULTIPLE = 64
 
 # Pictures first, later and never; one turn and three; letters, digits, line breaks and spaces at the seams.
@@ -67,7 +68,8 @@ def load_tokenizer(folder: Path) -> Any:
         ConvertError: its files cannot be read, or want code from the folder.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # The folder's own config.json names a model that transformers does not know; the tokenizer does not need it.
+        return AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig(), trust_remote_code=False)
     except Exception as error:  # every class has its own errors
         reason = " ".join(str(error).split())
         raise ConvertError(f"{folder}: the tokenizer cannot be loaded without foreign code ({reason})") from None
@@ -121,7 +123,10 @@ def choose_template(tokenizer: Any, family: Family, system_text: str, image_toke
     for space_mark in _SPACE_MARKS:
         template = released_template(family, tried_system, space_mark, image_token)
         plain = released_template(family, tried_system, "", image_token)
-        difference = _first_difference(tokenizer, template, plain, image_token)
+        try:
+            difference = _first_difference(tokenizer, template, plain, image_token)
+        except TemplateError as error:
+            raise ConvertError(f"the {family.name} template cannot be filled: {error}") from None
         if difference is None:
             return released_template(family, system_text, space_mark, image_token), space_mark
         differences.append(f"with space mark {space_mark!r}: {difference}")

@@ -1,4 +1,4 @@
-"""Tensors of released checkpoints, one at a time: where they lie, what transformers calls them, and how they are written.
+"""Tensors of released checkpoints, one at a time: where they lie, what transformers calls them, how they are written.
 
 A checkpoint is never in memory as a whole. Reading goes through memory maps, writing keeps one shard.
 
@@ -13,7 +13,6 @@ Names, by beginning (the rest of a name is the same everywhere):
 
 import json
 import pickle
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,8 +135,13 @@ class StoredWeights:
         home = self._homes[name]
         return tuple(home[name].shape if isinstance(home, dict) else home.get_slice(name).get_shape())
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of the files."""
+        return sum(file.stat().st_size for file in self.files)
+
     def dtypes(self) -> list[torch.dtype]:
-        """Every dtype that occurs, the most frequent one first. Reads one element of each tensor."""
+        """Every dtype that occurs, the most frequent one first."""
         counts: dict[torch.dtype, int] = {}
         for name, home in self._homes.items():
             if is_buffer(name):
@@ -260,7 +264,7 @@ class ShardWriter:
             self._part(0).rename(self._folder / _SAFETENSORS)
             return [_SAFETENSORS]
         names = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, name in enumerate(names):
             self._part(number).rename(self._folder / name)
             weight_map |= dict.fromkeys(self._shards[number], name)
@@ -285,10 +289,3 @@ _SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
 }
-
-
-def iterate(weights: StoredWeights) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor but the buffers, one at a time."""
-    for name in weights.names:
-        if not is_buffer(name):
-            yield name, weights.read(name)
