@@ -38,6 +38,7 @@ TEST = [
     "import-linter>=2.5,<3",
     "types-PyYAML>=6",
 ]
+GPU = ["bitsandbytes>=0.50,<1"]  # 4-bit weights under adapters (model.quantize)
 
 setup(
     name="llmga",
@@ -49,6 +50,6 @@ setup(
     packages=find_packages(include=["llmga", "llmga.*"]),
     package_data={"llmga": ["**/*.yaml", "**/*.j2", "**/*.jinja", "**/*.html", "toyworld/checkpoints/**/*"]},
     install_requires=CORE,
-    extras_require={"test": TEST},
+    extras_require={"test": TEST, "gpu": GPU},
     entry_points={"console_scripts": ["llmga = llmga.__main__:main"]},
 )

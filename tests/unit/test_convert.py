@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 
 from llmga.cli import app
 from llmga.runtime import RunFailed
+from llmga.stage1.added_tokens import add_generation_tags
 from llmga.stage1.conversation import Turn, encode_conversation
 from llmga.stage1.convert import ConvertError, convert_checkpoint
 from llmga.stage1.families import FAMILIES
-from llmga.stage1.model import add_generation_tags, load_mllm, save_mllm
+from llmga.stage1.model import load_mllm, save_mllm
 from llmga.stage1.released_projector import read_projector
 from llmga.tokens import GEN_IMAGE
 from tests.released import HIDDEN, KINDS, VISION_WIDTH, projector_shapes, random_tensors, released_folder
