@@ -7,7 +7,6 @@
 import json
 import re
 from collections.abc import Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -290,7 +289,6 @@ def _keep_in_eval_mode(module: nn.Module, args: Any) -> None:
         module.eval()
 
 
-@contextmanager
 def _standard_model(
     source: LlavaForConditionalGeneration, state_dict: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> LlavaForConditionalGeneration:

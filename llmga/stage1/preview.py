@@ -18,8 +18,9 @@ from PIL import Image
 from llmga.files import atomic_write
 from llmga.images import data_url
 from llmga.records import TASKS
+from llmga.stage1.bad_samples import BadSampleBudget
 from llmga.stage1.config import Stage1Config
-from llmga.stage1.data import BadSampleBudget, Sample, Stage1Dataset, build_datasets
+from llmga.stage1.data import Sample, Stage1Dataset, build_datasets
 from llmga.stage1.mixture import Mixture, SourceShare
 from llmga.stage1.start import load_start_processor
 from llmga.tokens import IGNORE_INDEX
@@ -89,7 +90,7 @@ def write_preview(
         assert isinstance(data.order, Mixture)
         measured = [_measure(data, index) for index in range(min(max(num_measured, num_examples), len(data)))]
         chosen = [data.sample(index) for index in _choose(measured, num_examples)]
-        replaced = BadSampleBudget(log, max_share=1.0).replaced(len(measured))
+        replaced = BadSampleBudget(log, max_share=1.0, total=len(data)).replaced(len(measured))
     page = _environment().get_template("preview.html.j2")
     atomic_write(
         Path(out_path),
