@@ -214,6 +214,65 @@ def test_files_that_are_no_settings(tmp_path: Path) -> None:
         load("", tmp_path=tmp_path)
 
 
+# ---------------------------------------------------------------- a file that builds on another
+
+
+def load_with_base(base: str, text: str, *overrides: str, tmp_path: Path) -> WholeConfig:
+    (tmp_path / "shared").mkdir(exist_ok=True)
+    (tmp_path / "shared" / "below.yaml").write_text(base)
+    return load("base: shared/below.yaml\n" + text, *overrides, tmp_path=tmp_path)
+
+
+def test_a_base_gives_what_the_file_does_not_say(tmp_path: Path) -> None:
+    base = "run: {output_dir: a, seed: 3}\noptim: {lr: 1e-3, eps: 1e-6}\nparts: [{path: a, weight: 2}, {path: b}]\nsize: 9"
+    config = load_with_base(base, "optim: {lr: 1e-4}\nparts: [{path: c}]\nmain: {path: d}", "size=7", tmp_path=tmp_path)
+    assert (config.run.output_dir, config.run.seed) == (Path("a"), 3)
+    assert (config.optim.lr, config.optim.eps, config.size) == (1e-4, 1e-6, 7)
+    assert config.parts == [PartConfig(path=Path("c"))] and config.main == PartConfig(path=Path("d"))
+
+
+def test_a_mistake_is_told_with_the_file_it_stands_in(tmp_path: Path) -> None:
+    base = "run: {output_dir: a}\nsize: big\nparts: [{path: a, wieght: 1}]\noptim:\n  lr: slow\n  eps: 0"
+    with pytest.raises(ConfigError) as caught:
+        load_with_base(base, "colour: 3\noptim:\n  lr: fast", tmp_path=tmp_path)
+    below = tmp_path / "shared" / "below.yaml"
+    found = {line.partition(": ")[0] for line in caught.value.mistakes}
+    assert found == {
+        f"size (line 2 of {below})",
+        f"parts.0.wieght (line 3 of {below})",
+        f"optim.eps (line 6 of {below})",
+        "optim.lr (line 4)",
+        "colour (line 2)",
+    }
+
+
+def test_lines_of_a_list_that_was_replaced_are_forgotten(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_with_base("run: {output_dir: a}\nparts: [{path: a}]", "parts:\n  - weight: 1", tmp_path=tmp_path)
+    assert caught.value.mistakes == ("parts.0.path (line 3): missing, and it has no default",)
+
+
+@pytest.mark.parametrize(
+    ("base", "complaint"),
+    [
+        ("base: other.yaml\nsize: 3", "base (line 1): .*below.yaml has a base of its own; one file may build on one other"),
+        ("- 1", r"base \(line 1\): .*below.yaml holds \[1\], expected sections"),
+        ("size: [", "below.yaml: 1 mistake\n  line 1, column 8: not YAML"),
+    ],
+)
+def test_a_base_that_cannot_be_one(base: str, complaint: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=complaint.replace("base (line 1)", r"base \(line 1\)")):
+        load_with_base(base, RUN, tmp_path=tmp_path)
+
+
+def test_a_base_that_is_not_there(tmp_path: Path) -> None:
+    (line,) = mistakes("base: shared/llmga.yaml\n" + RUN, tmp_path=tmp_path)
+    assert line.startswith(f"base (line 1): {tmp_path}/shared/llmga.yaml does not exist")
+    assert line.endswith(f"; it counts from {tmp_path}")
+    (line,) = mistakes("base: 3\n" + RUN, tmp_path=tmp_path)
+    assert line.startswith("base (line 1): found 3, expected a YAML file")
+
+
 def test_steps_decide_when_given_else_epochs() -> None:
     def length(*overrides: str) -> tuple[int | None, float | None]:
         run = load_config(WholeConfig, None, ["run.output_dir=x", *overrides]).run
