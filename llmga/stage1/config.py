@@ -23,6 +23,7 @@ class ModelConfig:
     tag_name: Literal["gen_img", "gen_image"] = "gen_img"  # the paper's spelling, or that of the released weights
     trainable: Literal["projector", "projector+llm"] = "projector+llm"  # the vision tower is always frozen
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    cross_entropy: Literal["full", "chunked"] = "chunked"  # of all tokens at once, or of the trained ones in pieces
 
     @combination("path", machine=True)
     def _model_folder(self) -> str | None:
