@@ -23,6 +23,7 @@ class ModelConfig:
     tag_name: Literal["gen_img", "gen_image"] = "gen_img"  # the paper's spelling, or that of the released weights
     trainable: Literal["projector", "projector+llm"] = "projector+llm"  # the vision tower is always frozen
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    cross_entropy: Literal["full", "chunked"] = "chunked"  # of all tokens at once, or of the trained ones in pieces
 
     @combination("path", machine=True)
     def _model_folder(self) -> str | None:
@@ -75,6 +76,7 @@ class DataConfig:
     picture_size: AtLeastOne = 512  # pixels a side before the vision tower's own resizing; masks are drawn at it
     picture_mode: Literal["squash", "crop", "pad", "laion"] = "squash"  # how a picture becomes square
     max_length: AtLeastOne = 2048  # tokens, picture tokens included
+    packing: bool = False  # a batch's conversations end to end in one row, without padding: same loss, less time
     too_long: Literal["drop", "error"] = "drop"  # a longer example is replaced and counted, or stops the run
     max_bad_share: Share = 0.001  # the run stops when more of the examples had an unreadable picture
     similar_generate_share: Share = 0.7  # similar image: asked to generate (tagged), else to describe
@@ -116,6 +118,12 @@ class Stage1Config:
         if self.model.attention != "flash_attention_2" or self.run.precision == "bf16":
             return None
         return f"flash_attention_2 computes in bf16 only, found {self.run.precision}; set one of the two otherwise"
+
+    @combination("data.packing", "model.attention")
+    def _packing_needs_separation(self) -> str | None:
+        if not self.data.packing or self.model.attention != "eager":
+            return None
+        return "eager attention cannot keep packed conversations apart; use sdpa, or set data.packing=false"
 
     @combination("run.eval_every_steps", "data.validation")
     def _something_to_evaluate(self) -> str | None:

@@ -34,10 +34,13 @@ from llmga.runtime import (
 from llmga.stage1.arguments import engine_name, training_arguments
 from llmga.stage1.callbacks import BadSamples, CompleteCheckpoints, Figures, SampleReplies, StopWhenAsked
 from llmga.stage1.config import Stage1Config
+from llmga.stage1.cross_entropy import use_chunked_cross_entropy
 from llmga.stage1.data import BAD_SAMPLES_FILE, BadSampleBudget, Collator, Stage1Dataset, build_datasets
 from llmga.stage1.held_out import mean_token_loss, token_losses
 from llmga.stage1.mixture import rows_per_epoch
 from llmga.stage1.model import Mllm, add_generation_tags, load_mllm, save_mllm, set_trainable
+from llmga.stage1.packed_attention import use_packed_sdpa
+from llmga.stage1.packing import PackingCollator
 from llmga.stage1.resume import accept_saved_names
 from llmga.stage1.sample_page import SamplePages
 from llmga.stage1.samples import answer_questions, draw_questions
@@ -94,6 +97,10 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
     mllm = load_mllm(cfg.model.path, TAGS[cfg.model.tag_name], cfg.model.attention)
     if cfg.model.tags == "tokens":
         add_generation_tags(mllm, TAGS[cfg.model.tag_name])
+    if cfg.data.packing and cfg.model.attention == "sdpa":
+        use_packed_sdpa(mllm.model.model.language_model)
+    if cfg.model.cross_entropy == "chunked":
+        use_chunked_cross_entropy(mllm.model)
     accept_saved_names(mllm.model)
     trained, frozen = set_trainable(mllm.model, cfg.model.trainable)
     logger.info("%s parameters learn, %s are frozen", f"{trained:,}", f"{frozen:,}")
@@ -104,6 +111,10 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
     samples_per_epoch = rows_per_epoch([len(source) for source in data.sources], [s.weight for s in data.sources])
     epochs = len(data) / samples_per_epoch
     logger.info("%d steps of %d examples, %.3g epochs of %d", total_steps, examples_per_step, epochs, samples_per_epoch)
+
+    collator: Callable[..., dict[str, Any]] = Collator.of(data)
+    if cfg.data.packing:
+        collator = PackingCollator(collator)
 
     # Trainer
     watch = BatchWatch(run.path, ranks, mllm.tokenizer.decode, cfg.run.record_sample_ids)
@@ -127,7 +138,7 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
     trainer = Trainer(
         model=mllm.model,
         args=arguments,
-        data_collator=NamedBatches(Collator.of(data)),
+        data_collator=NamedBatches(collator),
         train_dataset=data,
         eval_dataset=held_out or None,
         compute_metrics=mean_token_loss,
