@@ -45,7 +45,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["llmga", "llmga.*"]),
-    package_data={"llmga": ["**/*.yaml", "**/*.j2", "**/*.html", "toyworld/checkpoints/**/*"]},
+    package_data={"llmga": ["**/*.yaml", "**/*.j2", "**/*.jinja", "**/*.html", "toyworld/checkpoints/**/*"]},
     install_requires=CORE,
     extras_require={"test": TEST},
     entry_points={"console_scripts": ["llmga = llmga.__main__:main"]},

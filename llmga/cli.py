@@ -105,6 +105,27 @@ def ask(
         typer.echo(reply)
 
 
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a LoRA adapter, such as final/ of a run.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make: a whole model, as plain transformers loads it.")],
+    base: Annotated[Path | None, typer.Option(help="The base model, if it is not where the adapter says.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else the base's own.")] = None,
+) -> None:
+    """Merge a LoRA adapter into its base model."""
+    with _one_clear_message():
+        _quiet_libraries()
+        import torch
+
+        from llmga.stage1.lora import merge_adapter
+
+        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, None: None}
+        if dtype not in dtypes:
+            raise typer.BadParameter(f"found {dtype}, expected float32, bfloat16 or float16", param_hint="--dtype")
+        difference = merge_adapter(adapter, out, base, dtypes[dtype])
+        typer.echo(f"wrote {out}; merged, no logit differs by more than {difference:.1g}")
+
+
 def newest_model() -> Path:
     """What `make stage1` made, else the shipped tuned model, else the shipped base model, which writes no tags."""
     candidates = (Path("runs/stage1_toy/final"), SHIPPED_MODELS / "tuned" / "mllm")

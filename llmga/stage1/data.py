@@ -27,7 +27,7 @@ from llmga.runtime import RunFailed
 from llmga.stage1.config import Stage1Config
 from llmga.stage1.conversation import Encoded, encode_conversation
 from llmga.stage1.mixture import Mixture, rows_per_epoch
-from llmga.stage1.pixels import PixelEncoder
+from llmga.stage1.pixels import PixelEncoder, num_image_tokens
 from llmga.stage1.sources import Source, open_sources
 from llmga.stage1.tasks import Example, TaskSettings, build_example
 from llmga.tokens import IGNORE_INDEX, TAGS
@@ -209,13 +209,6 @@ class Stage1Dataset(Dataset[dict[str, Any]]):
             os.write(handle, (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "surrogateescape"))
         finally:
             os.close(handle)
-
-
-def num_image_tokens(processor: Any, pixel_shape: tuple[int, int, int]) -> int:
-    """How many placeholders a `LlavaProcessor` writes for one picture: its patches, plus CLS where that is kept."""
-    patches = (pixel_shape[1] // processor.patch_size) * (pixel_shape[2] // processor.patch_size)
-    without_cls = processor.vision_feature_select_strategy == "default"
-    return patches + processor.num_additional_image_tokens - int(without_cls)
 
 
 def build_datasets(

@@ -21,8 +21,8 @@ from llmga.records import TASKS
 from llmga.stage1.config import Stage1Config
 from llmga.stage1.data import BadSampleBudget, Sample, Stage1Dataset, build_datasets
 from llmga.stage1.mixture import Mixture, SourceShare
-from llmga.stage1.model import load_processor
-from llmga.tokens import IGNORE_INDEX, TAGS
+from llmga.stage1.start import load_start_processor
+from llmga.tokens import IGNORE_INDEX
 
 NUM_MEASURED = 300  # examples that the figures at the top are about
 KINDS = ("generation", "description", "chat")
@@ -75,15 +75,14 @@ def write_preview(
         out_path: one HTML file with everything in it.
         num_examples: shown with their tokens.
         num_measured: first examples of the run that lengths and shares are taken from.
-        processor: a `LlavaProcessor`; None loads the one of `cfg.model.path`.
+        processor: a `LlavaProcessor`; None loads the one that `cfg.model` starts with.
     Returns:
         `out_path`.
     Raises:
         ValueError: data that training would stop at.
     """
-    tags = TAGS[cfg.model.tag_name]
     if processor is None:
-        processor = load_processor(cfg.model.path, tags if cfg.model.tags == "tokens" else None)
+        processor = load_start_processor(cfg.model)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "replaced.jsonl"
         data = build_datasets(cfg, processor, _examples_on_one_device(cfg), log)[0]

@@ -6,6 +6,7 @@ LLaVA no name agrees: the run would go on with the weights it started from, and 
 
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 
 from llmga.run_folder import ResumeError
@@ -17,6 +18,9 @@ def accept_saved_names(model: nn.Module) -> None:
 
     Works through torch's public hooks, so it holds for whoever loads: the Trainer or DeepSpeed.
     """
+    if isinstance(model, PeftModel):  # adapters are saved and loaded by peft, under the names in memory
+        model.register_load_state_dict_post_hook(_check_adapter)
+        return
     model.register_load_state_dict_pre_hook(_rename)
     model.register_load_state_dict_post_hook(_check)
 
@@ -34,8 +38,18 @@ def _check(module: nn.Module, keys: Any) -> None:
     """Post-hook: a tied head is not saved; everything else must have been."""
     tied = {"lm_head.weight"} if module.config.tie_word_embeddings else set()
     missing, unexpected = sorted(set(keys.missing_keys) - tied), sorted(keys.unexpected_keys)
+    _refuse(missing, unexpected)
+
+
+def _check_adapter(module: nn.Module, keys: Any) -> None:
+    """Post-hook: what learns must have been saved; the frozen weights are not."""
+    learns = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    _refuse(sorted(learns & set(keys.missing_keys)), sorted(keys.unexpected_keys))
+
+
+def _refuse(missing: list[str], unexpected: list[str]) -> None:
     if missing or unexpected:
         raise ResumeError(
             f"the checkpoint's weights do not fit the model: {len(missing)} missing, {len(unexpected)} unknown, first "
-            f"{(missing + unexpected)[0]}; was model.path or model.tags changed? Start anew with run.resume=false"
+            f"{(missing + unexpected)[0]}; were settings of model changed? Start anew with run.resume=false"
         )

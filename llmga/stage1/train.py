@@ -38,14 +38,14 @@ from llmga.stage1.cross_entropy import use_chunked_cross_entropy
 from llmga.stage1.data import BAD_SAMPLES_FILE, BadSampleBudget, Collator, Stage1Dataset, build_datasets
 from llmga.stage1.held_out import mean_token_loss, token_losses
 from llmga.stage1.mixture import rows_per_epoch
-from llmga.stage1.model import Mllm, add_generation_tags, load_mllm, save_mllm, set_trainable
+from llmga.stage1.model import Mllm
 from llmga.stage1.packed_attention import use_packed_sdpa
 from llmga.stage1.packing import PackingCollator
 from llmga.stage1.resume import accept_saved_names
 from llmga.stage1.sample_page import SamplePages
 from llmga.stage1.samples import answer_questions, draw_questions
+from llmga.stage1.start import input_paths, save_result, start_model
 from llmga.stage1.watch import BatchWatch, NamedBatches
-from llmga.tokens import TAGS
 
 logger = logging.getLogger(__name__)
 
@@ -94,16 +94,13 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
 
     # Model: the arguments come first, because under ZeRO-3 they decide how `from_pretrained` spreads the weights.
     arguments = training_arguments(cfg, run.path)
-    mllm = load_mllm(cfg.model.path, TAGS[cfg.model.tag_name], cfg.model.attention)
-    if cfg.model.tags == "tokens":
-        add_generation_tags(mllm, TAGS[cfg.model.tag_name])
+    start = start_model(cfg, run.path / "base")
+    mllm = start.mllm
     if cfg.data.packing and cfg.model.attention == "sdpa":
         use_packed_sdpa(mllm.model.model.language_model)
     if cfg.model.cross_entropy == "chunked":
         use_chunked_cross_entropy(mllm.model)
-    accept_saved_names(mllm.model)
-    trained, frozen = set_trainable(mllm.model, cfg.model.trainable)
-    logger.info("%s parameters learn, %s are frozen", f"{trained:,}", f"{frozen:,}")
+    accept_saved_names(start.trained)
 
     # Data
     data, held_out = _build_data(cfg, mllm, run, examples_per_step)
@@ -136,7 +133,7 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
         answer = _answerer(cfg, run, ranks, engine, mllm, held_out, checkpoint)
         callbacks.append(SampleReplies(cfg.run.sample_every_steps, answer, figures))
     trainer = Trainer(
-        model=mllm.model,
+        model=start.trained,
         args=arguments,
         data_collator=NamedBatches(collator),
         train_dataset=data,
@@ -162,9 +159,9 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
     # Save
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # ZeRO-3: all ranks give, rank 0 receives
     mllm.model.config.use_cache = True  # the Trainer has set it to False
-    dtype = torch.bfloat16 if cfg.run.precision == "bf16" else torch.float32
+    provenance = _provenance(cfg, start.base, step, figures)
     with explaining_full_disk(run):
-        on_main(lambda: save_mllm(mllm, state_dict, run.final, _provenance(cfg, step, figures), dtype))
+        on_main(lambda: save_result(cfg, start, state_dict, run.final, provenance))
     logger.info("finished after %d steps and %d trained tokens: %s", step, figures.totals["trained_tokens"], run.final)
     return run.final
 
@@ -206,13 +203,14 @@ def _answerer(
     return answer
 
 
-def _provenance(cfg: Stage1Config, step: int, figures: Figures) -> dict[str, Any]:
+def _provenance(cfg: Stage1Config, base: Path, step: int, figures: Figures) -> dict[str, Any]:
     """What the model was made from, for `final/provenance.json`."""
     return {
         "stage": 1,
+        "base": str(base),
         "steps": step,
         **figures.totals,
-        "inputs": hashes([cfg.model.path, *(source.path for source in cfg.data.sources)]),
+        "inputs": hashes([*input_paths(cfg.model), *(source.path for source in cfg.data.sources)]),
         "config": dump_config(cfg),
         **{key: value for key, value in environment().items() if key in ("commit", "versions")},
     }
