@@ -25,7 +25,9 @@ ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "plan_memory.json"
 BASE = ROOT / "llmga/toyworld/checkpoints/base/mllm"
 STEPS = 2  # optimizer states appear at the end of the first
-IMPORTS = "import resource, deepspeed, llmga.stage1.train as _; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+IMPORTS = (
+    "import resource, deepspeed, llmga.stage1.train as _; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+)
 
 BIG = ["model.path={work}/model", "run.batch_size=2"]
 CASES: dict[str, tuple[int, list[str]]] = {

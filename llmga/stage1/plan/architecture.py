@@ -2,17 +2,19 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import yaml
 from torch import nn
-from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
-from transformers.initialization import no_init_weights
+from transformers import AutoConfig, AutoModel, LlavaConfig, LlavaForConditionalGeneration
 
+from llmga.stage1.build import llava_config
 from llmga.stage1.config import ModelConfig, Stage1Config
-from llmga.stage1.model import set_trainable
-from llmga.stage1.plan.rehearsal import without_storage
+from llmga.stage1.lora import add_adapter
+from llmga.stage1.model import read_config, set_trainable
+from llmga.stage1.model_checks import has_class_token
 
 PUBLISHED = Path(__file__).with_name("architectures.yaml")
 PARTS = ("vision tower", "projector", "LLM layers", "embeddings and head", "adapters")
@@ -44,36 +46,47 @@ class Counts:
 
 
 def read_architecture(model: ModelConfig) -> Architecture:
-    """Find the sizes of a config's model without its weights.
+    """Find the sizes of a config's model without its weights. The few rows of added tokens are left out.
 
     Raises:
         UnknownArchitecture: a part is not on this machine and not in the table; names both.
-        ValueError: a config.json that transformers cannot read.
+        ValueError: a config.json that is no LLaVA, or that transformers cannot read.
     """
-    if (model.path / "config.json").is_file():
-        return Architecture(AutoConfig.from_pretrained(model.path), [f"sizes from {model.path}/config.json"])
-    llm, llm_source = _part(model.path, "llms")
-    tower, tower_source = _part(Path("clip-vit-large-patch14-336"), "vision_towers")
-    return Architecture(LlavaConfig(vision_config=tower, text_config=llm), [llm_source, tower_source])
+    if model.path is not None:
+        if not (model.path / "config.json").is_file():
+            raise UnknownArchitecture(f"{model.path} is not here: parameters and memory cannot be told")
+        return Architecture(read_config(model.path), [f"sizes from {model.path}/config.json"])
+    assert model.llm is not None and model.vision_tower is not None
+    llm, llm_source = _part(model.llm, "llms")
+    tower, tower_source = _part(model.vision_tower, "vision_towers")
+    with torch.device("meta"):
+        class_token = has_class_token(AutoModel.from_config(tower))
+    return Architecture(llava_config(llm, tower, llm.vocab_size - 1, class_token), [llm_source, tower_source])
 
 
 def build_without_weights(architecture: Architecture, cfg: Stage1Config, dtype: torch.dtype) -> Any:
-    """The model of a config on tensors without storage, with what learns marked as training marks it."""
+    """The model of a config on the meta device, with what learns marked as training marks it.
+
+    Args:
+        dtype: of the weights; adapters are float32, as in training, unless DeepSpeed lowers them.
+    """
     attention = "sdpa" if cfg.model.attention == "flash_attention_2" else cfg.model.attention  # keeps the same tensors
-    with without_storage(), no_init_weights():
+    with torch.device("meta"):
         model = LlavaForConditionalGeneration._from_config(
             architecture.config, attn_implementation=attention, dtype=dtype
         )
-        model.tie_weights()
         set_trainable(model, cfg.model.trainable)
+        if cfg.model.lora is not None:
+            without_tokenizer: Any = SimpleNamespace(model=model, tags_are_tokens=False)
+            add_adapter(without_tokenizer, cfg.model.lora, Path())
     return model
 
 
-def count_parameters(model: nn.Module) -> dict[str, Counts]:
+def count_by_part(model: nn.Module) -> dict[str, Counts]:
     """Trained and frozen parameters of each of `PARTS` that the model has."""
     counts = {part: [0, 0] for part in PARTS}
     for name, parameter in model.named_parameters():  # a tied head comes once
-        counts[_part_of(name)][not parameter.requires_grad] += parameter.numel()
+        counts[part_of(name)][not parameter.requires_grad] += parameter.numel()
     return {part: Counts(*both) for part, both in counts.items() if any(both)}
 
 
@@ -98,7 +111,8 @@ def _part(folder: Path, kind: str) -> tuple[Any, str]:
     return AutoConfig.for_model(**row["config"]), f"{folder} is not here: sizes as published in {row['source']}"
 
 
-def _part_of(name: str) -> str:
+def part_of(name: str) -> str:
+    """The part that a parameter belongs to, by its name."""
     if "lora_" in name:
         return "adapters"
     if "vision_tower." in name:

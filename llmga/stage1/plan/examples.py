@@ -8,11 +8,12 @@ from typing import Any
 from llmga.stage1.config import SourceConfig, Stage1Config
 from llmga.stage1.data import Collator, Stage1Dataset, build_datasets
 from llmga.stage1.mixture import Mixture, rows_per_epoch
-from llmga.stage1.model import load_processor
+from llmga.stage1.packing import PackingCollator
 from llmga.stage1.plan.rehearsal import BatchShape
 from llmga.stage1.preview import Chip, token_chips
 from llmga.stage1.sources import Source
-from llmga.tokens import IGNORE_INDEX, TAGS
+from llmga.stage1.start import load_start_processor
+from llmga.tokens import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class DataPlan:
     notes: list[str] = field(default_factory=list)
 
 
-def plan_data(cfg: Stage1Config, devices: int, num_looked: int = 128) -> DataPlan:
+def plan_data(cfg: Stage1Config, devices: int, num_looked: int = 64) -> DataPlan:
     """Read what is here of a run's data, and make its first examples where tokenizer and data are.
 
     Args:
@@ -90,17 +91,17 @@ def plan_data(cfg: Stage1Config, devices: int, num_looked: int = 128) -> DataPla
     rows = rows_per_epoch([len(source) for source in sources], [source.weight for source in sources])
     steps = cfg.run.max_steps or math.ceil(math.ceil((cfg.run.epochs or 1.0) * rows) / per_step)
     total = steps * per_step
-    try:
-        processor = load_processor(cfg.model.path, TAGS[cfg.model.tag_name] if cfg.model.tags == "tokens" else None)
-    except (OSError, ValueError) as error:
-        notes.append(f"no tokenizer and picture processor: {next(iter(str(error).splitlines()), error)}")
+    folders = [folder for folder in (cfg.model.path, cfg.model.llm, cfg.model.vision_tower) if folder is not None]
+    absent = [str(folder) for folder in folders if not (folder / "config.json").is_file()]
+    if absent:
+        notes.append(f"{' and '.join(absent)}: no tokenizer or picture processor here, so no example can be made")
         order = Mixture([len(s) for s in sources], [s.weight for s in sources], total, cfg.run.seed)
         plans = [
             SourcePlan(source.name, share.rows, share.weight, share.draws, share.epochs)
             for source, share in zip(sources, order.summary(), strict=True)
         ]
         return DataPlan(plans, total, steps, total / rows, notes=notes)
-    data = build_datasets(cfg, processor, total)[0]
+    data = build_datasets(cfg, load_start_processor(cfg.model), total)[0]
     num_looked = min(max(num_looked, cfg.run.batch_size * devices), total)
     return _look_at(cfg, data, num_looked, DataPlan([], total, steps, total / rows, notes=notes))
 
@@ -121,7 +122,8 @@ def _open(configs: Sequence[SourceConfig]) -> tuple[list[Source | None], list[st
 def _look_at(cfg: Stage1Config, data: Stage1Dataset, count: int, known: DataPlan) -> DataPlan:
     """Make the first examples, and batches of them as the run would."""
     assert isinstance(data.order, Mixture)
-    collator, size = Collator.of(data), cfg.run.batch_size
+    padded, size = Collator.of(data), cfg.run.batch_size
+    collator = PackingCollator(padded) if cfg.data.packing else padded
     longest: BatchShape | None = None
     first: list[list[Chip]] = []
     lengths: list[tuple[int, int, int, int]] = []  # source, tokens, trained, pictures
@@ -133,7 +135,9 @@ def _look_at(cfg: Stage1Config, data: Stage1Dataset, count: int, known: DataPlan
             has_picture = example["pixel_values"] is not None
             lengths.append((data.order[index][0], tokens, tokens - untrained, int(has_picture)))
         batch = collator(examples)
-        shape = BatchShape(*batch["input_ids"].shape, len(batch["pixel_values"]))
+        trained = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+        packed = len(batch["cu_seq_lens_q"]) - 1 if cfg.data.packing else 0
+        shape = BatchShape(*batch["input_ids"].shape, len(batch["pixel_values"]), trained, packed)
         if len(examples) == size and (longest is None or shape.rows * shape.tokens > longest.rows * longest.tokens):
             longest = shape
         if begin == 0:

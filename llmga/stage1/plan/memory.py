@@ -6,10 +6,12 @@ from typing import Any
 import torch
 
 from llmga.stage1.config import Stage1Config
-from llmga.stage1.plan.architecture import Architecture, Counts, build_without_weights, count_parameters
+from llmga.stage1.plan.architecture import Architecture, Counts, build_without_weights, count_by_part, part_of
 from llmga.stage1.plan.rehearsal import ACTIVATIONS, GRADIENTS, LOSS, BatchShape, HowToStep, rehearse_step
 from llmga.stage1.plan.states import BUFFERS, OPTIMIZER, WEIGHTS, Engine, States, standing_states
 
+# Four bits, an 8-bit scale for 64 of them, and a float32 scale for 256 scales: nf4 with double quantisation.
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 MEMORY_PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOSS, BUFFERS)
 
 
@@ -49,7 +51,7 @@ class MemoryModel:
     def __init__(self, cfg: Stage1Config, architecture: Architecture, devices: int = 1) -> None:
         self.cfg, self.architecture = cfg, architecture
         self.engine = Engine.of(cfg, devices)
-        self.counts: dict[str, Counts] = count_parameters(self._build())
+        self.counts: dict[str, Counts] = count_by_part(self._build())
 
     @property
     def trained(self) -> int:
@@ -63,8 +65,10 @@ class MemoryModel:
 
     def at(self, batch: BatchShape) -> DeviceMemory:
         """Rehearse one step with a batch."""
-        states = self._states()
-        step = rehearse_step(self._build(), batch, self._how())
+        model = self._build()
+        states = self._states(model)
+        step = rehearse_step(model, batch, self._how())
+        step[ACTIVATIONS] += self._unpacked_weight(model)
         backward = {part: states.parts.get(part, 0) + step.get(part, 0) for part in MEMORY_PARTS}
         stepping = {part: states.parts.get(part, 0) for part in MEMORY_PARTS}
         stepping[GRADIENTS] += states.step_extra
@@ -75,10 +79,36 @@ class MemoryModel:
         )
         return DeviceMemory(batch, parts, moment, states.host)
 
-    def _states(self) -> States:
-        size = self.engine.compute_bytes * (self.trained + self.frozen)
+    def _states(self, model: Any) -> States:
         hidden = self.architecture.config.text_config.hidden_size
-        return standing_states(self.engine, self.trained, self.frozen, hidden, size)
+        return standing_states(self.engine, self.trained, self.frozen, hidden, self._weight_bytes(model))
+
+    def _weight_bytes(self, model: Any) -> int:
+        """All weights as they lie in a device's memory before anything is shared out."""
+        in_four_bits = self._four_bit_parameters(model)
+        names = dict(model.named_parameters())
+        whole = (
+            parameter.numel() * (parameter.element_size() if self.engine.stage is None else self.engine.compute_bytes)
+            for name, parameter in names.items()
+            if name not in in_four_bits
+        )
+        return sum(whole) + round(NF4_BYTES * sum(names[name].numel() for name in in_four_bits))
+
+    def _unpacked_weight(self, model: Any) -> int:
+        """The largest weight of four bits, which is made whole to be multiplied with."""
+        in_four_bits = self._four_bit_parameters(model)
+        sizes = (p.numel() * p.element_size() for name, p in model.named_parameters() if name in in_four_bits)
+        return max(sizes, default=0)
+
+    def _four_bit_parameters(self, model: Any) -> set[str]:
+        """Names of the weights that quantising replaces: the frozen matrices of the LLM's layers."""
+        if self.cfg.model.quantize == "none":
+            return set()
+        return {
+            name
+            for name, parameter in model.named_parameters()
+            if part_of(name) == "LLM layers" and parameter.dim() == 2
+        }
 
     def _how(self) -> HowToStep:
         run = self.cfg.run
@@ -87,9 +117,11 @@ class MemoryModel:
         return HowToStep(
             autocast=plain and run.precision == "bf16",
             checkpointing=run.gradient_checkpointing,
+            chunked=self.cfg.model.cross_entropy == "chunked",
             gradients=stay if plain else "leave",
         )
 
     def _build(self) -> Any:
-        dtype = torch.bfloat16 if self.engine.compute_bytes == 2 else torch.float32
-        return build_without_weights(self.architecture, self.cfg, dtype)
+        """Under DeepSpeed all is in the run's precision; else float32, but for a frozen base under adapters."""
+        low = self.engine.compute_bytes == 2 or (self.cfg.model.lora is not None and self.cfg.run.precision == "bf16")
+        return build_without_weights(self.architecture, self.cfg, torch.bfloat16 if low else torch.float32)

@@ -76,9 +76,7 @@ def make_plan(path: Path, overrides: list[str], asked: Asked) -> Plan:
     except UnknownArchitecture as unknown:
         missing.append(str(unknown))
         speed = _speed(cfg, asked, None, data, tokens)
-        return Plan(
-            cfg, asked, data, None, None, [], None, speed, tokens, _hours(speed, examples, tokens), missing
-        )
+        return Plan(cfg, asked, data, None, None, [], None, speed, tokens, _hours(speed, examples, tokens), missing)
     model = MemoryModel(cfg, architecture, asked.devices)
     shapes = [shape for shape in (data.longest, _limit(cfg)) if shape is not None]
     speed = _speed(cfg, asked, model, data, tokens)
@@ -108,12 +106,13 @@ def _missing(path: Path, overrides: list[str]) -> list[str]:
 
 def _limit(cfg: Stage1Config) -> BatchShape:
     """The largest batch that the settings allow."""
-    return BatchShape(cfg.run.batch_size, cfg.data.max_length, cfg.run.batch_size)
+    rows, tokens = cfg.run.batch_size, cfg.data.max_length
+    if cfg.data.packing:
+        return BatchShape(1, rows * tokens, rows, rows * tokens, packed=rows)
+    return BatchShape(rows, tokens, rows, rows * tokens)
 
 
-def _speed(
-    cfg: Stage1Config, asked: Asked, model: MemoryModel | None, data: DataPlan, tokens: float
-) -> Speed | None:
+def _speed(cfg: Stage1Config, asked: Asked, model: MemoryModel | None, data: DataPlan, tokens: float) -> Speed | None:
     """Given first, then measured, then a share of the peak of a card that is named or here."""
     if asked.tokens_per_s is not None:
         return Speed(asked.tokens_per_s, "given with --tokens-per-s")

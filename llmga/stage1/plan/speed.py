@@ -72,9 +72,7 @@ def named_card(name: str, memory_gib: float) -> str | None:
     return min(rows, key=lambda key: abs(CARDS[key].memory_gib - memory_gib), default=None)
 
 
-def flops_per_token(
-    cfg: Stage1Config, config: Any, counts: dict[str, Counts], tokens: float, pictures: float
-) -> float:
+def flops_per_token(cfg: Stage1Config, config: Any, counts: dict[str, Counts], tokens: float, pictures: float) -> float:
     """Floating-point operations for one token of a step, the vision tower's share included.
 
     Args:
@@ -105,7 +103,9 @@ def speed_from_share(flops: float, card: str, devices: int, share: float | None)
         SpeedError: a card that is not in the table.
     """
     if card not in CARDS:
-        raise SpeedError(f"card {card!r} is not in the table; expected one of {', '.join(CARDS)}, or give --tokens-per-s")
+        raise SpeedError(
+            f"card {card!r} is not in the table; expected one of {', '.join(CARDS)}, or give --tokens-per-s"
+        )
     taken = ASSUMED_SHARE if share is None else share
     peak = CARDS[card].peak_tflops
     basis = (
