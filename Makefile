@@ -52,6 +52,10 @@ $(TOY_DATA): | install  # data of the same settings and wording is left as it is
 stage1: install $(NEEDS_DATA)  ## teach the MLLM to write generation prompts; toy scale by default
 	$(LAUNCH) scripts/train_stage1.py $(CONFIG) $(ARGS)
 
+.PHONY: plan
+plan: install $(NEEDS_DATA)  ## tell what CONFIG will do, need and cost, without running it; ARGS="--devices 8 --card A100-80GB"
+	$(PY) -m llmga plan $(CONFIG) $(ARGS)
+
 .PHONY: preview
 preview: install $(NEEDS_DATA)  ## write a page of the examples that CONFIG trains on
 	$(PY) -m llmga preview $(CONFIG) $(ARGS)

@@ -2,42 +2,52 @@
 
     python benchmarks/plan_memory.py
 
-Each case trains two steps in processes of its own, with the ordinary script, on toy data and (but for the first) a
-random model of about 0.1 billion parameters. Measured is the peak resident memory of rank 0 as metrics.jsonl has it
-after the second step, less that of a process that imported the same libraries. The resident memory of a CPU process
-also holds what no plan of a GPU has: the allocator's fragments, the matrix library's work space, code pages touched for
-the first time. On a GPU the same prediction is to be compared with `cuda_gb` of metrics.jsonl.
+Each case trains in processes of its own, with the ordinary script, on toy data and (but for the first) a
+random model of about 0.1 billion parameters. Measured is the peak of the largest process's anonymous resident memory,
+looked at every 20 ms until the second step is logged, less that of a process that only imported the same
+libraries. Pages of files are left out: the system takes those of the libraries away as it likes. What is left holds a
+little that no plan has: the matrix library's work space, Python's own objects, and what the C allocator keeps of freed
+memory. The last is taken out by telling the allocator to give every block of 64 KB and more back when it is freed; one
+case is measured without that. On a GPU the same prediction is to be compared with `cuda_gb` of metrics.jsonl, which
+counts what lives in the device's allocator.
 Files go to a temporary folder (2 GB; --work names another place) and are deleted; the result goes to
 benchmarks/results/plan_memory.json.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "plan_memory.json"
 BASE = ROOT / "llmga/toyworld/checkpoints/base/mllm"
-STEPS = 2  # optimizer states appear at the end of the first
-IMPORTS = (
-    "import resource, deepspeed, llmga.stage1.train as _; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-)
-
+STEPS = 2  # that are looked at; optimizer states appear at the end of the first
+IMPORTS = "import deepspeed, llmga.stage1.train; print(open('/proc/self/status').read())"
+PLAIN_ALLOCATOR = "default allocator"
 BIG = ["model.path={work}/model", "run.batch_size=2"]
+LARGER = ["model.path={work}/model", "run.batch_size=4"]
 CASES: dict[str, tuple[int, list[str]]] = {
     "toy, plain fp32": (1, ["run.batch_size=32"]),
     "0.1 B, plain fp32": (1, BIG),
-    "0.1 B, plain fp32, larger batch": (1, [*BIG, "run.batch_size=8"]),
-    "0.1 B, fp32, gradient checkpointing": (1, [*BIG, "run.batch_size=8", "run.gradient_checkpointing=true"]),
+    "0.1 B, plain fp32, larger batch": (1, LARGER),
+    f"0.1 B, plain fp32, larger batch, {PLAIN_ALLOCATOR}": (1, LARGER),
+    "0.1 B, fp32, gradient checkpointing": (1, [*LARGER, "run.gradient_checkpointing=true"]),
     "0.1 B, fp32, accumulation over 2": (1, [*BIG, "run.accumulation_steps=2"]),
     "0.1 B, plain bf16": (1, [*BIG, "run.precision=bf16"]),
-    "0.1 B, projector alone": (1, [*BIG, "run.batch_size=8", "model.trainable=projector"]),
+    "0.1 B, plain fp32, logits of all tokens": (1, [*LARGER, "model.cross_entropy=full"]),
+    "0.1 B, fp32, packed": (1, [*LARGER, "data.packing=true"]),
+    "0.1 B, LoRA on a bf16 base": (1, [*BIG, "run.precision=bf16", "model.lora={{rank: 64}}"]),
+    "0.1 B, projector alone": (1, [*LARGER, "model.trainable=projector"]),
     "0.1 B, DDP, 2 processes": (2, BIG),
     "0.1 B, ZeRO-2 bf16, 2 processes": (2, [*BIG, "run.precision=bf16", "run.deepspeed=configs/deepspeed/zero2.json"]),
     "0.1 B, ZeRO-3 bf16, 2 processes": (2, [*BIG, "run.precision=bf16", "run.deepspeed=configs/deepspeed/zero3.json"]),
@@ -52,7 +62,7 @@ def make_inputs(work: Path) -> None:
     from llmga.stage1.model import load_processor
     from llmga.toyworld.build import build_world
 
-    build_world(work / "world", rows=128, sheet=False)
+    build_world(work / "world", rows=64, sheet=False)
     config = AutoConfig.from_pretrained(BASE)
     text = config.text_config
     text.hidden_size, text.intermediate_size, text.num_hidden_layers = 768, 2048, 12
@@ -69,7 +79,7 @@ def settings(work: Path, name: str, overrides: list[str]) -> list[str]:
     return [
         f"data.sources.0.path={work}/world/train.jsonl",
         "data.validation=[]",
-        f"run.max_steps={STEPS}",
+        f"run.max_steps={STEPS + 1}",  # so that nothing is saved while the last one is looked at
         "run.log_every_steps=1",
         "run.eval_every_steps=0",
         "run.sample_every_steps=0",
@@ -103,18 +113,46 @@ def predict(processes: int, overrides: list[str]) -> dict[str, Any]:
     }
 
 
-def measure(processes: int, overrides: list[str], baseline_mb: float) -> float:
-    """Train; the peak of rank 0 above the baseline, in MB."""
+def measure(processes: int, overrides: list[str], baseline_mb: float, keeping: bool) -> float:
+    """Train; the peak of rank 0 above the baseline, in MB.
+
+    Args:
+        keeping: let the C allocator keep what is freed, as it does by itself.
+    """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else []), "scripts/train_stage1.py"]
-    done = subprocess.run(
-        [*command, "configs/stage1/toy.yaml", *overrides], cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
-    if done.returncode:
-        raise SystemExit(f"a run failed with exit code {done.returncode}:\n{done.stderr[-3000:]}")
     run = Path(next(one for one in overrides if one.startswith("run.output_dir=")).partition("=")[2])
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return max(line["memory_gb"] for line in lines if "memory_gb" in line) * 1000 - baseline_mb
+    variables = {**environment(), **({} if keeping else {"MALLOC_MMAP_THRESHOLD_": "65536"})}
+    log = run.parent.parent / f"{run.name}.log"
+    with log.open("w") as stderr:
+        started = psutil.Popen(
+            [*command, "configs/stage1/toy.yaml", *overrides], cwd=ROOT, env=variables, stdout=stderr, stderr=stderr
+        )
+    peak, looks = 0.0, 0
+    while not last_step_is_logged(run / "metrics.jsonl"):
+        if started.poll() is not None:
+            raise SystemExit(f"a run ended with exit code {started.returncode}:\n{log.read_text()[-3000:]}")
+        if looks % 50 == 0:
+            watched = [started, *started.children(recursive=True)]
+        looks += 1
+        for process in watched:
+            with contextlib.suppress(OSError):  # it has ended
+                peak = max(peak, anonymous_mb(Path(f"/proc/{process.pid}/status").read_text()))
+        time.sleep(0.02)
+    for process in [*started.children(recursive=True), started]:
+        process.kill()
+    started.wait()
+    return peak - baseline_mb
+
+
+def last_step_is_logged(metrics: Path) -> bool:
+    """Whether the run has made all its steps."""
+    return metrics.exists() and any(f'"step": {STEPS},' in line for line in metrics.read_text().splitlines())
+
+
+def anonymous_mb(status: str) -> float:
+    """Resident memory of a process that no file stands for, in MB, from its /proc/PID/status."""
+    return next((int(line.split()[1]) * 1024 / 1e6 for line in status.splitlines() if line.startswith("RssAnon")), 0.0)
 
 
 def environment() -> dict[str, str]:
@@ -123,10 +161,10 @@ def environment() -> dict[str, str]:
 
 
 def baseline_mb() -> float:
-    """Peak resident memory of a process that only imported the libraries."""
+    """Anonymous resident memory of a process that only imported the libraries."""
     command = [sys.executable, "-c", IMPORTS]
     output = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True).stdout
-    return int(output.split()[-1]) * 1024 / 1e6
+    return anonymous_mb(output)
 
 
 def main() -> None:
@@ -145,8 +183,8 @@ def main() -> None:
             if args.only not in name:
                 continue
             settled = settings(work, name, overrides)
-            case = predict(processes, settled)
-            case["measured_mb"] = round(measure(processes, settled, baseline), 1)
+            case = predict(processes, [*settled, f"run.max_steps={STEPS}"])
+            case["measured_mb"] = round(measure(processes, settled, baseline, PLAIN_ALLOCATOR in name), 1)
             case["predicted_over_measured"] = round(case["predicted_mb"] / case["measured_mb"], 3)
             cases[name] = {"processes": processes, "settings": overrides, **case}
             print(json.dumps({name: cases[name]}), flush=True)

@@ -224,7 +224,9 @@ def load_with_base(base: str, text: str, *overrides: str, tmp_path: Path) -> Who
 
 
 def test_a_base_gives_what_the_file_does_not_say(tmp_path: Path) -> None:
-    base = "run: {output_dir: a, seed: 3}\noptim: {lr: 1e-3, eps: 1e-6}\nparts: [{path: a, weight: 2}, {path: b}]\nsize: 9"
+    base = (
+        "run: {output_dir: a, seed: 3}\noptim: {lr: 1e-3, eps: 1e-6}\nparts: [{path: a, weight: 2}, {path: b}]\nsize: 9"
+    )
     config = load_with_base(base, "optim: {lr: 1e-4}\nparts: [{path: c}]\nmain: {path: d}", "size=7", tmp_path=tmp_path)
     assert (config.run.output_dir, config.run.seed) == (Path("a"), 3)
     assert (config.optim.lr, config.optim.eps, config.size) == (1e-4, 1e-6, 7)
@@ -255,7 +257,10 @@ def test_lines_of_a_list_that_was_replaced_are_forgotten(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("base", "complaint"),
     [
-        ("base: other.yaml\nsize: 3", "base (line 1): .*below.yaml has a base of its own; one file may build on one other"),
+        (
+            "base: other.yaml\nsize: 3",
+            "base (line 1): .*below.yaml has a base of its own; one file may build on one other",
+        ),
         ("- 1", r"base \(line 1\): .*below.yaml holds \[1\], expected sections"),
         ("size: [", "below.yaml: 1 mistake\n  line 1, column 8: not YAML"),
     ],

@@ -1,5 +1,6 @@
 """Which model a config trains, in sizes alone: from the folder's config.json, or from the table of published models."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,7 +72,8 @@ def build_without_weights(architecture: Architecture, cfg: Stage1Config, dtype: 
         dtype: of the weights; adapters are float32, as in training, unless DeepSpeed lowers them.
     """
     attention = "sdpa" if cfg.model.attention == "flash_attention_2" else cfg.model.attention  # keeps the same tensors
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of peft, about a name of transformers'
         model = LlavaForConditionalGeneration._from_config(
             architecture.config, attn_implementation=attention, dtype=dtype
         )

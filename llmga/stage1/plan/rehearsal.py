@@ -188,6 +188,10 @@ def _drop(parameter: Tensor) -> None:
     parameter.grad = None
 
 
+# Kernels that hold a copy of their first argument while they work, which no operator below them shows.
+_COPYING_KERNELS = (torch.ops.aten.logsumexp.default,)
+
+
 @dataclass
 class _Storage:
     size: int
@@ -219,6 +223,8 @@ class _LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if function in _COPYING_KERNELS:
+            self._note_peak(args[0].numel() * args[0].element_size())
         result = function(*args, **(kwargs or {}))
         for value in tree_iter(result):
             if isinstance(value, Tensor):
@@ -252,8 +258,12 @@ class _LiveBytes(TorchDispatchMode):
         met = self._storages[key] = _Storage(size, self._part)
         met.watcher = weakref.finalize(storage, self._leave, key)
         self.now[self._part] += size
-        if sum(self.now.values()) > sum(self.peak.values()):
-            self.peak = dict(self.now)
+        self._note_peak()
+
+    def _note_peak(self, extra: int = 0) -> None:
+        """Remember this moment if it is the fullest; `extra` bytes live for it alone, in the part at hand."""
+        if sum(self.now.values()) + extra > sum(self.peak.values()):
+            self.peak = {**self.now, self._part: self.now[self._part] + extra}
 
     def _leave(self, key: int) -> None:
         gone = self._storages.pop(key)

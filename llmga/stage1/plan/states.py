@@ -103,9 +103,10 @@ def _sharing_weights(engine: Engine, trained: int, hidden_size: int, weight_byte
     share, size = trained // engine.devices, engine.compute_bytes
     bucket = min(engine.size("reduce_bucket_size", 5 * 10**8, hidden_size**2), trained)
     prefetch = engine.size("stage3_prefetch_bucket_size", 5 * 10**7, int(0.9 * hidden_size**2))
-    # A weight used again soon stays whole: at the turn from forward to backward these are the last ones, each met twice.
+    # A weight used again soon stays whole: where forward turns to backward these are the last ones, each met twice.
     reuse = engine.size("stage3_max_reuse_distance", _REUSE, _REUSE) // 2
-    whole = size * min(trained or weight_bytes // size, reuse + prefetch) if engine.devices > 1 else 0
+    scattered = engine.devices > 1 or engine.offloads("param")
+    whole = size * min(trained or weight_bytes // size, reuse + prefetch) if scattered else 0
     buffers = whole + size * bucket * (2 if engine.zero.get("overlap_comm", True) else 1)
     group = min(engine.size("sub_group_size", 10**9, 10**9), share)
     flattened = size * group + (4 * group if size == 2 else 0)

@@ -156,6 +156,8 @@ def _disk(plan: Plan) -> Iterator[str]:
     yield (
         f"{disk.total / 1e9:,.2f} GB in {plan.cfg.run.output_dir}: {disk.count} checkpoint{'s'[: disk.count > 1]} of "
         f"{disk.checkpoint / 1e9:,.2f} GB at the fullest moment, final/ {disk.final / 1e9:,.2f} GB"
+        + f", base/ {disk.base / 1e9:,.2f} GB, put together from the parts"
+        * (disk.base > 0)
     )
 
 
