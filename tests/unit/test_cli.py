@@ -38,7 +38,7 @@ def test_help_answers_in_half_a_second() -> None:
     assert min(seconds) < 0.5
 
 
-@pytest.mark.parametrize("command", ["stage1", "preview", "config", "world", "ask"])
+@pytest.mark.parametrize("command", ["stage1", "plan", "preview", "config", "world", "ask"])
 def test_every_command_explains_itself(command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == EXIT_OK and "Usage: llmga " + command in out
@@ -56,7 +56,7 @@ def test_config_prints_what_loads_again_as_the_same(tmp_path: Path) -> None:
     assert again == load_config(Stage1Config, Path(TOY), overrides, check_machine=False)
 
 
-@pytest.mark.parametrize("command", ["stage1", "preview", "config"])
+@pytest.mark.parametrize("command", ["stage1", "plan", "preview", "config"])
 def test_bad_settings_are_one_report_and_exit_code_2(command: str) -> None:
     code, out, err = run(command, TOY, "run.max_stps=7", "optim.lr=fast")
     assert (code, out) == (EXIT_BAD_INPUT, "")

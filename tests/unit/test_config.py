@@ -380,13 +380,44 @@ def test_deepspeed_may_not_name_another_precision(stage1_files: list[str], tmp_p
     assert load_config(Stage1Config, None, overrides).run.deepspeed == file
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs/stage1").glob("*.yaml")), ids=lambda path: path.name)
+STAGE1_CONFIGS = REPOSITORY / "configs/stage1"
+RECIPES = sorted(path for path in STAGE1_CONFIGS.rglob("*.yaml") if path.parent.name != "shared")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(STAGE1_CONFIGS)))
 def test_every_stage1_config_of_the_repository_loads(path: Path) -> None:
     load_config(Stage1Config, path, check_machine=False)
-    assert "Run: make " in path.read_text().splitlines()[0]
+    first_line = path.read_text().splitlines()[0]
+    assert "Run: make " in first_line
+    assert "CONFIG=" not in first_line or f"CONFIG={path.relative_to(REPOSITORY)}" in first_line
 
 
-@pytest.mark.parametrize("name", ["zero2.json", "zero3.json"])
+def test_published_settings() -> None:
+    """The figures of the published runs, by base model: examples a step, forward passes, and what learns."""
+
+    def read(name: str) -> Stage1Config:
+        return load_config(Stage1Config, STAGE1_CONFIGS / f"{name}.yaml", check_machine=False)
+
+    names = [path.stem for path in (STAGE1_CONFIGS / "projector").glob("*.yaml")]
+    assert len(names) == 9
+    for name in names:
+        tuned, projector = read(name), read(f"projector/{name}")
+        smaller = name in ("llama3_8b", "qwen2_7b", "gemma_2b")
+        assert (tuned.run.batch_size, tuned.run.accumulation_steps) == ((2, 8) if smaller else (4, 4))
+        assert (projector.run.batch_size, projector.run.accumulation_steps) == (8, 4)
+        assert (tuned.optim.lr, projector.optim.lr) == (2e-5, 1e-3)
+        assert (tuned.model.trainable, projector.model.trainable) == ("projector+llm", "projector")
+        assert tuned.model.llm == projector.model.llm
+        assert tuned.model.projector == projector.run.output_dir / "final"
+        for config in (tuned, projector):
+            optim, run = config.optim, config.run
+            assert (optim.betas, optim.eps, optim.weight_decay) == ((0.9, 0.999), 1e-8, 0)
+            assert (optim.schedule, optim.warmup, optim.max_grad_norm) == ("cosine", 0.03, 0)
+            assert (run.epochs, run.precision, run.gradient_checkpointing) == (1, "bf16", True)
+            assert (config.data.max_length, run.deepspeed) == (2048, Path("configs/deepspeed/zero3.json"))
+
+
+@pytest.mark.parametrize("name", ["zero2.json", "zero3.json", "zero3_offload.json"])
 def test_deepspeed_files_fit_both_precisions(name: str, stage1_files: list[str]) -> None:
     for precision in ("bf16", "fp32"):
         overrides = [f"run.deepspeed={REPOSITORY / 'configs/deepspeed' / name}", f"run.precision={precision}"]
