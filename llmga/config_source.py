@@ -64,11 +64,18 @@ def read_yaml(path: Path, report: Report) -> tuple[Any, dict[Key, str]]:
         what = "has a base of its own" if isinstance(given, dict) else f"holds {shown(given)}, expected sections"
         report.add((BASE,), f"{base} {what}; one file may build on one other")
         return data, places
-    for key, place in base_places.items():
-        outer = (key[:length] for length in range(1, len(key) + 1))
-        if all(part not in places or _both_sections(given, data, part) for part in outer):
-            places.setdefault(key, f"{place} of {base}")
+    kept = {
+        key: f"{place} of {base}"
+        for key, place in base_places.items()
+        if all(part not in places or _both_sections(given, data, part) for part in _outwards(key))
+    }
+    places.update({key: place for key, place in kept.items() if key not in places})
     return _merged(given, data), places
+
+
+def _outwards(key: Key) -> list[Key]:
+    """The key and every section or list it is in."""
+    return [key[:length] for length in range(1, len(key) + 1)]
 
 
 def _both_sections(one: Any, other: Any, key: Key) -> bool:

@@ -25,7 +25,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="YAML file with the settings that differ from the defaults")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings on top of the file's")
-    parser.add_argument("--dry-run", action="store_true", help="tell what would be done, as `llmga plan` does, and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="tell what would be done, as `llmga plan` does, and stop"
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     options = parser.parse_intermixed_args()
     if options.dry_run:

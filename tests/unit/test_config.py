@@ -234,15 +234,15 @@ def test_a_base_gives_what_the_file_does_not_say(tmp_path: Path) -> None:
 
 
 def test_a_mistake_is_told_with_the_file_it_stands_in(tmp_path: Path) -> None:
-    base = "run: {output_dir: a}\nsize: big\nparts: [{path: a, wieght: 1}]\noptim:\n  lr: slow\n  eps: 0"
+    base = "run: {output_dir: a}\nsize: big\nparts:\n  - path: a\n    wieght: 1\noptim:\n  lr: slow\n  eps: 0"
     with pytest.raises(ConfigError) as caught:
         load_with_base(base, "colour: 3\noptim:\n  lr: fast", tmp_path=tmp_path)
     below = tmp_path / "shared" / "below.yaml"
     found = {line.partition(": ")[0] for line in caught.value.mistakes}
     assert found == {
         f"size (line 2 of {below})",
-        f"parts.0.wieght (line 3 of {below})",
-        f"optim.eps (line 6 of {below})",
+        f"parts.0.wieght (line 5 of {below})",
+        f"optim.eps (line 8 of {below})",
         "optim.lr (line 4)",
         "colour (line 2)",
     }

@@ -106,7 +106,7 @@ def _sharing_weights(engine: Engine, trained: int, hidden_size: int, weight_byte
     # A weight used again soon stays whole: where forward turns to backward these are the last ones, each met twice.
     reuse = engine.size("stage3_max_reuse_distance", _REUSE, _REUSE) // 2
     scattered = engine.devices > 1 or engine.offloads("param")
-    whole = size * min(trained or weight_bytes // size, reuse + prefetch) if scattered else 0
+    whole = min(weight_bytes, size * (reuse + prefetch)) if scattered else 0
     buffers = whole + size * bucket * (2 if engine.zero.get("overlap_comm", True) else 1)
     group = min(engine.size("sub_group_size", 10**9, 10**9), share)
     flattened = size * group + (4 * group if size == 2 else 0)
