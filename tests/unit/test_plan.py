@@ -22,8 +22,9 @@ from llmga.stage1.model import set_trainable
 from llmga.stage1.plan.architecture import Counts, UnknownArchitecture, published, read_architecture
 from llmga.stage1.plan.disk import disk_use
 from llmga.stage1.plan.examples import plan_data
+from llmga.stage1.plan.live_bytes import ACTIVATIONS, GRADIENTS, LOSS
 from llmga.stage1.plan.memory import MemoryModel
-from llmga.stage1.plan.rehearsal import ACTIVATIONS, GRADIENTS, LOSS, BatchShape, HowToStep, rehearse_step
+from llmga.stage1.plan.rehearsal import BatchShape, HowToStep, rehearse_step
 from llmga.stage1.plan.speed import (
     CARDS,
     SpeedError,

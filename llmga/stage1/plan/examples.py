@@ -137,7 +137,8 @@ def _look_at(cfg: Stage1Config, data: Stage1Dataset, count: int, known: DataPlan
         batch = collator(examples)
         trained = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
         packed = len(batch["cu_seq_lens_q"]) - 1 if cfg.data.packing else 0
-        shape = BatchShape(*batch["input_ids"].shape, len(batch["pixel_values"]), trained, packed)
+        rows, tokens = batch["input_ids"].shape
+        shape = BatchShape(rows, tokens, len(batch["pixel_values"]), trained, packed)
         if len(examples) == size and (longest is None or shape.rows * shape.tokens > longest.rows * longest.tokens):
             longest = shape
         if begin == 0:

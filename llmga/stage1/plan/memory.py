@@ -7,7 +7,8 @@ import torch
 
 from llmga.stage1.config import Stage1Config
 from llmga.stage1.plan.architecture import Architecture, Counts, build_without_weights, count_by_part, part_of
-from llmga.stage1.plan.rehearsal import ACTIVATIONS, GRADIENTS, LOSS, BatchShape, HowToStep, rehearse_step
+from llmga.stage1.plan.live_bytes import ACTIVATIONS, GRADIENTS, LOSS
+from llmga.stage1.plan.rehearsal import BatchShape, HowToStep, rehearse_step
 from llmga.stage1.plan.states import BUFFERS, OPTIMIZER, WEIGHTS, Engine, States, standing_states
 
 # Four bits, an 8-bit scale for 64 of them, and a float32 scale for 256 scales: nf4 with double quantisation.

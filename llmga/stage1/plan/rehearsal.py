@@ -6,10 +6,9 @@ same question. What stays the same from step to step (weights, optimizer states)
 """
 
 import os
-import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,13 +17,10 @@ from accelerate.utils.operations import convert_outputs_to_fp32
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from llmga.stage1.cross_entropy import LossHead, summed_cross_entropy, use_chunked_cross_entropy
 from llmga.stage1.packed_attention import use_packed_sdpa
-
-ACTIVATIONS, LOSS, GRADIENTS = "activations", "logits and loss", "gradients"
+from llmga.stage1.plan.live_bytes import GRADIENTS, LiveBytes
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,7 @@ def rehearse_step(model: nn.Module, batch: BatchShape, how: HowToStep) -> dict[s
             parameter.grad = torch.empty_like(parameter) if how.gradients == "stay" else None
         staying = [parameter.grad for parameter in parameters if parameter.grad is not None]
         given = [value for value in inputs.values() if isinstance(value, Tensor)]
-        live = _LiveBytes([*model.parameters(), *model.buffers(), *given, *staying])
+        live = LiveBytes([*model.parameters(), *model.buffers(), *given, *staying])
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(live.on_gradient if how.gradients != "leave" else _drop)
         model.lm_head.register_forward_pre_hook(live.on_logits)
@@ -166,7 +162,7 @@ class _RehearsedHead(LossHead):
 
     def __init__(self, head: LossHead, trained: int) -> None:
         nn.Module.__init__(self)
-        self.weight, self.in_features, self.out_features, self.bias = head.weight, *head.weight.shape[::-1], None
+        self.weight: nn.Parameter = head.weight
         self.num_trained = trained
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -186,85 +182,3 @@ def _computing_in_bf16(model: nn.Module) -> Any:
 
 def _drop(parameter: Tensor) -> None:
     parameter.grad = None
-
-
-# Kernels that hold a copy of their first argument while they work, which no operator below them shows.
-_COPYING_KERNELS = (torch.ops.aten.logsumexp.default,)
-
-
-@dataclass
-class _Storage:
-    size: int
-    part: str
-    watcher: Any = None
-
-
-@dataclass
-class _LiveBytes(TorchDispatchMode):
-    """Counts what lives, by part.
-
-    Args:
-        known: tensors that are not to be counted.
-    Attributes:
-        now, peak: bytes by part; `peak` is of the moment when their sum was highest.
-    """
-
-    known: Any
-    now: dict[str, int] = field(default_factory=lambda: {ACTIVATIONS: 0, LOSS: 0, GRADIENTS: 0})
-    peak: dict[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__init__()
-        self._part = ACTIVATIONS
-        self._storages: dict[int, _Storage] = {}
-        self._kept = [tensor.untyped_storage() for tensor in self.known]  # so that their addresses are not used again
-        self._known = {storage._cdata for storage in self._kept}
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if function in _COPYING_KERNELS:
-            self._note_peak(args[0].numel() * args[0].element_size())
-        result = function(*args, **(kwargs or {}))
-        for value in tree_iter(result):
-            if isinstance(value, Tensor):
-                self._meet(value)
-        return result
-
-    def on_gradient(self, parameter: Tensor) -> None:
-        """Hook: a gradient that stays."""
-        assert parameter.grad is not None
-        storage = self._storages.get(parameter.grad.untyped_storage()._cdata)
-        if storage is not None and storage.part != GRADIENTS:
-            self.now[storage.part] -= storage.size
-            self.now[GRADIENTS] += storage.size
-            storage.part = GRADIENTS
-
-    def on_logits(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Hook: from here on it is logits and loss, until the backward pass has left the head."""
-        self._part = LOSS
-        if args[0].requires_grad:
-            args[0].register_hook(self._after_logits)
-
-    def _after_logits(self, gradient: Tensor) -> None:
-        self._part = ACTIVATIONS
-
-    def _meet(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known or key in self._storages:
-            return
-        size = storage.nbytes()
-        met = self._storages[key] = _Storage(size, self._part)
-        met.watcher = weakref.finalize(storage, self._leave, key)
-        self.now[self._part] += size
-        self._note_peak()
-
-    def _note_peak(self, extra: int = 0) -> None:
-        """Remember this moment if it is the fullest; `extra` bytes live for it alone, in the part at hand."""
-        if sum(self.now.values()) + extra > sum(self.peak.values()):
-            self.peak = {**self.now, self._part: self.now[self._part] + extra}
-
-    def _leave(self, key: int) -> None:
-        gone = self._storages.pop(key)
-        self.now[gone.part] -= gone.size

@@ -12,7 +12,7 @@ from typing import Any
 
 from llmga.stage1.arguments import deepspeed_settings
 from llmga.stage1.config import Stage1Config
-from llmga.stage1.plan.rehearsal import GRADIENTS
+from llmga.stage1.plan.live_bytes import GRADIENTS
 
 WEIGHTS, OPTIMIZER, BUFFERS = "weights", "optimizer states", "communication buffers"
 _MASTER, _ADAM = 4, 8  # float32 copy of a weight; its two moments
