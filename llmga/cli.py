@@ -148,6 +148,39 @@ def merge(
         typer.echo(f"wrote {out}; merged, no logit differs by more than {difference:.1g}")
 
 
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a checkpoint, or file of a projector.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make; .safetensors for a projector.")],
+    to: Annotated[str, typer.Option(help="hf: transformers' LLaVA. llava: the layout of the published code.")] = "hf",
+    system_prompt: Annotated[
+        Path | None, typer.Option(help="File with the system text the weights were trained with.")
+    ] = None,
+    vision_tower: Annotated[Path | None, typer.Option(help="Folder of the CLIP tower, if it is elsewhere.")] = None,
+    family: Annotated[str | None, typer.Option(help="Row of the family table, where SRC does not say.")] = None,
+    image_token: Annotated[str | None, typer.Option(help="Reserved token that stands for pictures.")] = None,
+    image_token_id: Annotated[int | None, typer.Option(help="Row that does, in a folder without tokenizer.")] = None,
+    no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Accept a folder without a tokenizer.")] = False,
+) -> None:
+    """Turn a released LLMGA or LLaVA checkpoint into a folder that plain transformers loads, or back."""
+    with _one_clear_message():
+        _quiet_libraries()
+        from llmga.stage1.convert import convert_checkpoint
+
+        report = convert_checkpoint(
+            source,
+            destination,
+            to,  # type: ignore[arg-type]  # checked there, with our own sentence
+            system_prompt=system_prompt,
+            vision_tower=vision_tower,
+            family=family,
+            image_token=image_token,
+            image_token_id=image_token_id,
+            needs_tokenizer=not no_tokenizer,
+        )
+        typer.echo(report)
+
+
 def newest_model() -> Path:
     """What `make stage1` made, else the shipped tuned model, else the shipped base model, which writes no tags."""
     candidates = (Path("runs/stage1_toy/final"), SHIPPED_MODELS / "tuned" / "mllm")

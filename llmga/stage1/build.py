@@ -25,10 +25,12 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from llmga.stage1.added_tokens import give_rows, num_token_ids
 from llmga.stage1.chat_template import set_chat_template
+from llmga.stage1.families import FAMILIES
 from llmga.stage1.model import Mllm
 from llmga.stage1.model_checks import ModelError, has_class_token, quiet_loading, refuse_misfit
 from llmga.stage1.pixels import PixelEncoder
-from llmga.stage1.projector import ProjectorError, read_projector
+from llmga.stage1.projector import PROJECTOR_FILE
+from llmga.stage1.released_projector import find_projector, read_projector
 from llmga.stage1.reply import stop_ids
 from llmga.tokens import GEN_IMG, TAG_LITERALS, GenerationTags
 
@@ -39,6 +41,10 @@ _PROBE_TOKENS = 16
 logger = logging.getLogger(__name__)
 
 
+class ProjectorError(ValueError):
+    """A file that holds no projector, or one of other sizes."""
+
+
 def build_mllm(
     llm: Path,
     vision_tower: Path,
@@ -46,22 +52,22 @@ def build_mllm(
     chat_template: str | None = None,
     system_text: str | None = None,
     tags: GenerationTags = GEN_IMG,
-    attention: str = "sdpa",
 ) -> Mllm:
     """Put a LLaVA together; all weights have the dtype that the LLM's folder has.
 
     Args:
         llm: folder of a causal LM, with its tokenizer.
         vision_tower: folder of a CLIP or SigLIP model, whole or its vision half, with its image processor.
-        projector: trained weights, see `read_projector`; None draws fresh ones from torch's global generator.
+        projector: trained weights, see `fill_projector`; None draws fresh ones from torch's global generator.
         chat_template, system_text: see `set_chat_template`.
         tags: the pair the model will write; stays plain text here.
     Raises:
         ModelError, TemplateError: parts that are not what they should be, or do not fit each other.
     """
-    language = _load_llm(llm, attention)
-    tower = _load_tower(vision_tower, language.dtype, attention)
-    processor = build_processor(llm, vision_tower, chat_template, system_text)
+    llm_config = _llm_config(llm)
+    processor = build_processor(llm, vision_tower, chat_template, system_text)  # what costs nothing fails first
+    language = _load_llm(llm, llm_config)
+    tower = _load_tower(vision_tower, language.dtype)
     image_token_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     _check_vocabulary(language, processor.tokenizer, llm)
 
@@ -129,6 +135,35 @@ def build_processor(
 # ---------------------------------------------------------------- the projector
 
 
+def fill_projector(projector: nn.Module, path: Path, text_model_type: str) -> None:
+    """Load trained weights into a `LlavaMultiModalProjector`.
+
+    Args:
+        path: a file in transformers' or LLaVA's names (`mm_projector.bin`), or a folder with one, such as `final/` of
+            a run that trained it.
+        text_model_type: of the LLM; LLaVA's names hold other numbers for some (`Family.scales_inputs`).
+    Raises:
+        ProjectorError: no such file, or a projector between other models.
+        ConvertError: a file of another kind.
+    """
+    own = path / PROJECTOR_FILE
+    file = own if own.is_file() else find_projector(path)
+    if file is None:
+        raise ProjectorError(
+            f"{path}: no projector there; give {PROJECTOR_FILE} of a run that trained one, or its folder"
+        )
+    row = next((row for row in FAMILIES.values() if row.text_model_type == text_model_type), None)
+    given, expected = read_projector(file, row), projector.state_dict()
+    for name, tensor in expected.items():
+        if given[name].shape != tensor.shape:
+            into, out_of = expected["linear_1.weight"].shape
+            raise ProjectorError(
+                f"{file}: {name} is {tuple(given[name].shape)}, expected {tuple(tensor.shape)}, for the vision tower "
+                f"has {out_of} channels and the LLM {into}; give a projector that was trained between these two"
+            )
+    projector.load_state_dict(given)
+
+
 def _projector(config: LlavaConfig, path: Path | None) -> nn.Module:
     projector = LlavaMultiModalProjector(config)
     if path is None:
@@ -137,16 +172,7 @@ def _projector(config: LlavaConfig, path: Path | None) -> nn.Module:
             nn.init.normal_(linear.weight, std=config.get_text_config().initializer_range)
             nn.init.zeros_(linear.bias)
         return projector
-    given, expected = read_projector(path), projector.state_dict()
-    for name, tensor in expected.items():
-        shape = tuple(given[name].shape) if name in given else "nothing"
-        if shape != tuple(tensor.shape):
-            raise ProjectorError(
-                f"{path}: {name} is {shape}, expected {tuple(tensor.shape)}: a projector from the vision tower's "
-                f"{config.vision_config.hidden_size} channels to the LLM's {config.text_config.hidden_size}; "
-                "give one that was trained between these two"
-            )
-    projector.load_state_dict(given)
+    fill_projector(projector, path, config.text_config.model_type)
     return projector
 
 
@@ -164,7 +190,7 @@ def _read_part_config(folder: Path) -> Any:
         ) from error
 
 
-def _load_llm(folder: Path, attention: str) -> Any:
+def _llm_config(folder: Path) -> Any:
     config = _read_part_config(folder)
     if hasattr(config, "vision_config"):
         raise ModelError(
@@ -175,12 +201,15 @@ def _load_llm(folder: Path, attention: str) -> Any:
         raise ModelError(
             f"{folder}/config.json: model_type {config.model_type!r} is no causal LM; give such a folder as model.llm"
         )
+    return config
+
+
+def _load_llm(folder: Path, config: Any) -> Any:
     with quiet_loading():
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype="auto",
-            attn_implementation=attention,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
@@ -204,7 +233,10 @@ def _load_tokenizer(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"{folder}: no tokenizer can be loaded from there ({reason}); add its files") from error
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded ({reason}); download its files again") from error
+    files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+    if not any((folder / name).is_file() for name in files):  # transformers would make an empty one
+        raise ModelError(f"{folder}: no tokenizer there (none of {', '.join(sorted(files))}); add its files")
     if not tokenizer.is_fast:
         raise ModelError(
             f"{folder}: the tokenizer cannot say which characters a token stands for; add a tokenizer.json"
@@ -259,14 +291,13 @@ def _vision_config(folder: Path) -> Any:
     return config
 
 
-def _load_tower(folder: Path, dtype: torch.dtype, attention: str) -> Any:
+def _load_tower(folder: Path, dtype: torch.dtype) -> Any:
     config = _vision_config(folder)
     with quiet_loading():
         tower, info = AutoModel.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
-            attn_implementation=attention,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )

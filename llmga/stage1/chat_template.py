@@ -1,52 +1,15 @@
-"""Which chat template a run uses: the tokenizer's own where it marks the answers, else a file of `templates/`.
+"""Which chat template a run uses: the tokenizer's own where it marks the answers, else the row that fits it."""
 
-A template file is Jinja, readable as it stands. It takes an optional system turn; without one it writes the text that
-was put in place of `SYSTEM_TEXT`, which for new runs is `templates/system.txt`, the one system text of ours.
-"""
-
-import json
 from itertools import pairwise
 from typing import Any
 
-from llmga.stage1.config import TEMPLATE_DIR
+from llmga.stage1.chat_rows import MARKERS, read_template, template_names
 from llmga.stage1.conversation import ConversationError, Turn, encode_conversation, encode_prompt, marks_answers
 from llmga.tokens import IGNORE_INDEX, TAG_LITERALS, neutralise
-
-SYSTEM_TEXT_FILE = TEMPLATE_DIR / "system.txt"
-_SYSTEM_SLOT = '"SYSTEM_TEXT"'
-
-# Template -> what its turns are made of. A row fits a tokenizer that has all of them as tokens, or whose own template
-# writes all of them; the first row that fits is taken. A new family is a new row and a new file.
-MARKERS: dict[str, tuple[str, ...]] = {
-    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "qwen2": ("<|im_start|>", "<|im_end|>"),
-    "phi3": ("<|user|>", "<|assistant|>", "<|end|>"),
-    "gemma": ("<start_of_turn>", "<end_of_turn>"),
-    "llama2": ("[INST]", "[/INST]", "<<SYS>>"),
-    "mistral": ("[INST]", "[/INST]"),
-    "vicuna": ("USER:", "ASSISTANT:"),
-}
 
 
 class TemplateError(ValueError):
     """A tokenizer and a chat template that do not go together; the message says what to set."""
-
-
-def template_names() -> list[str]:
-    """What `model.chat_template` can name."""
-    return sorted(path.stem for path in TEMPLATE_DIR.glob("*.jinja"))
-
-
-def read_template(name: str, system_text: str | None = None) -> str:
-    """One of `template_names()` as Jinja text, complete with its system text.
-
-    Args:
-        system_text: None takes ours; the empty string writes none.
-    """
-    system_text = SYSTEM_TEXT_FILE.read_text(encoding="utf-8") if system_text is None else system_text
-    # A JSON string is a Jinja string too, as long as what is not ASCII stays as it is.
-    literal = json.dumps(system_text.strip(), ensure_ascii=False)
-    return (TEMPLATE_DIR / f"{name}.jinja").read_text(encoding="utf-8").replace(_SYSTEM_SLOT, literal)
 
 
 def set_chat_template(processor: Any, name: str | None, system_text: str | None, where: str) -> str | None:

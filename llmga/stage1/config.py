@@ -12,8 +12,8 @@ from pydantic.dataclasses import dataclass
 from llmga.config import STRICT, AtLeastOne, NotNegative, OptimConfig, RunConfig, Share, combination
 from llmga.config_report import nearest_word
 from llmga.files import no_such_file
+from llmga.stage1.chat_rows import template_names
 
-TEMPLATE_DIR = Path(__file__).parent / "templates"
 Task = Literal["prompt_refinement", "similar_image", "inpainting", "outpainting", "editing", "vqa", "qa"]
 
 
@@ -35,7 +35,7 @@ class ModelConfig:
     llm: Path | None = None  # instead of path: folder of a causal LM, together with vision_tower
     vision_tower: Path | None = None  # folder of a CLIP or SigLIP model; its text half is left out
     projector: Path | None = None  # trained projector weights for the parts, a file or a run's final/; None: fresh ones
-    chat_template: str | None = None  # a file of llmga/stage1/templates; None: the tokenizer's own, else what fits it
+    chat_template: str | None = None  # a row of llmga.stage1.chat_rows; None: the tokenizer's own, else what fits
     system_prompt: Path | None = None  # text file that replaces our own system text; an empty file: no system text
     lora: LoraConfig | None = None  # train adapters and the projector instead of all weights
     quantize: Literal["none", "nf4"] = "none"  # of the LLM's frozen weights, under adapters
@@ -72,7 +72,7 @@ class ModelConfig:
 
     @combination("chat_template")
     def _template_known(self) -> str | None:
-        known = sorted(path.stem for path in TEMPLATE_DIR.glob("*.jinja"))
+        known = template_names()
         if self.chat_template is None or self.chat_template in known:
             return None
         return (
@@ -101,9 +101,7 @@ class ModelConfig:
     def _bitsandbytes_installed(self) -> str | None:
         if self.quantize == "none" or importlib.util.find_spec("bitsandbytes"):
             return None
-        return (
-            f"{self.quantize} needs the package bitsandbytes, which is not installed; pip install 'bitsandbytes>=0.50'"
-        )
+        return f"{self.quantize} needs the package bitsandbytes, which is not installed; pip install '.[gpu]'"
 
     @combination("attention", machine=True)
     def _flash_attention_installed(self) -> str | None:
@@ -206,12 +204,14 @@ class Stage1Config:
             return None
         return "eager attention cannot keep packed conversations apart; use sdpa, or set data.packing=false"
 
-    @combination("model.quantize", "model.lora", "run.deepspeed", machine=True)
+    @combination("model.quantize", "model.lora", "model.tags", "run.deepspeed", machine=True)
     def _adapters_under_deepspeed(self) -> str | None:
         if self.model.lora is None or zero_stage(self.run.deepspeed) != 3:
             return None
         if self.model.quantize != "none":
             return f"{self.model.quantize} weights cannot be spread by ZeRO-3; give a DeepSpeed file of stage 2"
+        if self.model.tags == "tokens":
+            return "rows of added tags cannot be trained beside adapters under ZeRO-3; set tags to text, or use stage 2"
         return None
 
     @combination("run.eval_every_steps", "data.validation")

@@ -39,7 +39,8 @@ class Family:
     """How one family of LLMs was released, and what turns it into transformers' LLaVA."""
 
     name: str
-    model_types: tuple[str, ...]  # `model_type` in the config.json of released folders
+    model_types: tuple[str, ...]  # `model_type` in the config.json of released folders; we write the first
+    architecture: str  # class in LLaVA's code, as config.json names it
     text_model_type: str  # transformers' name of the LLM
     template: str  # file in templates/, without .jinja
     stop_tokens: tuple[str, ...]  # the first ends a turn; each of them ends a reply
@@ -57,6 +58,7 @@ FAMILIES = {
         Family(
             name="vicuna",
             model_types=("llava_llama", "llava"),
+            architecture="LlavaLlamaForCausalLM",
             text_model_type="llama",
             template="released_vicuna",
             stop_tokens=("</s>",),
@@ -67,6 +69,7 @@ FAMILIES = {
         Family(
             name="llama3",
             model_types=("llava_llama",),
+            architecture="LlavaLlamaForCausalLM",
             text_model_type="llama",
             template="released_llama3",
             stop_tokens=("<|eot_id|>",),
@@ -77,6 +80,7 @@ FAMILIES = {
         Family(
             name="mistral",
             model_types=("llava_mistral",),
+            architecture="LlavaMistralForCausalLM",
             text_model_type="mistral",
             template="released_mistral",
             stop_tokens=("</s>",),
@@ -85,7 +89,8 @@ FAMILIES = {
         ),
         Family(
             name="qwen2",
-            model_types=("llava_qwen2",),
+            model_types=("llava_Qwen2",),
+            architecture="LlavaQwen2ForCausalLM",
             text_model_type="qwen2",
             template="released_qwen2",
             stop_tokens=("<|im_end|>",),
@@ -95,7 +100,8 @@ FAMILIES = {
         ),
         Family(
             name="phi3",
-            model_types=("llava_phi3",),
+            model_types=("llava_Phi3",),
+            architecture="LlavaPhi3ForCausalLM",
             text_model_type="phi3",
             template="released_phi3",
             stop_tokens=("<|end|>",),
@@ -106,6 +112,7 @@ FAMILIES = {
         Family(
             name="gemma",
             model_types=("llava_gemma",),
+            architecture="LlavaGemmaForCausalLM",
             text_model_type="gemma",
             template="released_gemma",
             stop_tokens=("<eos>", "<end_of_turn>"),
@@ -119,7 +126,7 @@ FAMILIES = {
 
 def families_of(model_type: str) -> list[Family]:
     """The rows whose released folders have this `model_type`, in the table's order; capitals do not matter."""
-    return [row for row in FAMILIES.values() if model_type.casefold() in row.model_types]
+    return [row for row in FAMILIES.values() if model_type.casefold() in map(str.casefold, row.model_types)]
 
 
 def fitting_family(candidates: Collection[Family], vocabulary: Collection[str]) -> Family | None:

@@ -102,7 +102,7 @@ def save_adapter(
         facts = {**provenance, "generation_tags": mllm.model.config.generation_tags}
         text = json.dumps(facts, indent=2, ensure_ascii=False, default=str)
         (temporary / "provenance.json").write_text(text + "\n", encoding="utf-8")
-        _, reloaded = _load_unmerged(temporary, None, "sdpa", next(iter(given.values())).dtype, None)
+        _, reloaded = _load_unmerged(temporary, None, None, next(iter(given.values())).dtype, None)
         found = get_peft_model_state_dict(reloaded, save_embedding_layers=False)
         for name in found.keys() | given.keys():
             if (
@@ -122,7 +122,7 @@ def is_adapter(folder: Path) -> bool:
 def load_adapter(
     folder: Path,
     tags: GenerationTags | None = None,
-    attention: str = "sdpa",
+    attention: str | None = None,
     dtype: torch.dtype = torch.float32,
     base: Path | None = None,
 ) -> Mllm:
@@ -149,10 +149,11 @@ def merge_adapter(adapter: Path, folder: Path, base: Path | None = None, dtype: 
     Returns:
         The largest difference of a logit, over a question with a picture, between adapter beside base and merged model.
     Raises:
-        ModelError: the merged model answers otherwise, or as for `load_adapter` and `save_mllm`.
-        FileExistsError: the folder holds something.
+        ModelError: the merged model answers otherwise, the folder holds something, or as for `load_adapter`.
     """
-    mllm, model = _load_unmerged(adapter, None, "sdpa", torch.float32, base)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ModelError(f"{folder} exists already and is not empty; move it away or choose another folder")
+    mllm, model = _load_unmerged(adapter, None, None, torch.float32, base)
     expected = _probe(mllm)
     mllm.model = model.merge_and_unload()
     mllm.write_tags(mllm.tags)
@@ -179,9 +180,13 @@ def _base_of(folder: Path, base: Path | None) -> Path:
 
 
 def _load_unmerged(
-    folder: Path, tags: GenerationTags | None, attention: str, dtype: torch.dtype, base: Path | None
+    folder: Path, tags: GenerationTags | None, attention: str | None, dtype: torch.dtype, base: Path | None
 ) -> tuple[Mllm, PeftModel]:
     """A base with the adapter beside its weights."""
+    if not is_adapter(folder):
+        raise ModelError(
+            f"{folder}: no {ADAPTER_CONFIG} there; give an adapter, such as final/ of a run with model.lora"
+        )
     config, processor = PeftConfig.from_pretrained(folder), load_processor(folder)
     if tags is None and (folder / "provenance.json").is_file():
         facts = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))

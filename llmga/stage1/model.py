@@ -34,6 +34,7 @@ from llmga.stage1.model_checks import (
     ModelError,
     check_picture_tokens,
     check_placeholder,
+    explaining_attention,
     quiet_loading,
     refuse_misfit,
 )
@@ -95,7 +96,7 @@ class Mllm:
 def load_mllm(
     path: str | Path,
     tags: GenerationTags | None = None,
-    attention: str = "sdpa",
+    attention: str | None = None,
     dtype: torch.dtype = torch.float32,
     quantize: Literal["none", "nf4"] = "none",
 ) -> Mllm:
@@ -104,7 +105,7 @@ def load_mllm(
     Args:
         path: folder with config, weights, tokenizer and processor; or of an adapter, which is merged into its base.
         tags: the pair this model writes; None takes the pair the folder was saved with, else `<gen_img>`.
-        attention: transformers' `attn_implementation`.
+        attention: transformers' `attn_implementation`; None takes sdpa, or eager where a part knows no sdpa.
         dtype: of every weight; training keeps float32 and lets autocast or DeepSpeed lower it.
         quantize: the LLM's linear layers in 4 bits, to be trained through adapters only.
     Raises:
@@ -116,7 +117,7 @@ def load_mllm(
 
         return load_adapter(path, tags, attention, dtype)
     config = read_config(path)
-    with quiet_loading():
+    with quiet_loading(), explaining_attention(path, attention):
         model, info = LlavaForConditionalGeneration.from_pretrained(
             path,
             config=config,
@@ -215,12 +216,14 @@ def save_mllm(
 
 def standard_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the same tensors under the names of an in-memory `LlavaForConditionalGeneration`."""
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in state_dict.items():
-        for pattern, replacement in _IN_MEMORY_NAMES:
-            name = pattern.sub(replacement, name)
-        renamed[name] = tensor
-    return renamed
+    return {standard_name(name): tensor for name, tensor in state_dict.items()}
+
+
+def standard_name(name: str) -> str:
+    """What `standard_names` does to one name."""
+    for pattern, replacement in _IN_MEMORY_NAMES:
+        name = pattern.sub(replacement, name)
+    return name
 
 
 def read_config(path: Path) -> LlavaConfig:

@@ -58,6 +58,19 @@ def quiet_loading() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
+@contextmanager
+def explaining_attention(path: Path, attention: str | None) -> Iterator[None]:
+    """Some LLMs (Gemma 2) know no attention but the plain one; transformers says so at length."""
+    try:
+        yield
+    except ValueError as error:
+        if attention is None or "attention implementation" not in str(error):
+            raise
+        raise ModelError(
+            f"{path}: this model cannot compute {attention} attention; set model.attention to eager"
+        ) from error
+
+
 def check_placeholder(mllm: "Mllm", path: Path) -> None:
     """`LlavaProcessor` takes the first piece of `<image>` for the placeholder, silently, when it is no token."""
     token, rows = mllm.processor.image_token, mllm.model.config.text_config.vocab_size

@@ -4,6 +4,8 @@ transformers 5.23 saves a checkpoint under the names of published folders, but l
 LLaVA no name agrees: the run would go on with the weights it started from, and say so only in a warning.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -23,6 +25,28 @@ def accept_saved_names(model: nn.Module) -> None:
         return
     model.register_load_state_dict_pre_hook(_rename)
     model.register_load_state_dict_post_hook(_check)
+
+
+def check_same_adapter(checkpoint: Path, model: nn.Module) -> None:
+    """Refuse a checkpoint of other adapters than the run's, or of whole weights where the run trains adapters.
+
+    Raises:
+        ResumeError: with what the checkpoint holds and what the run trains.
+    """
+    file = checkpoint / "adapter_config.json"
+    saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    before = "whole weights" if saved is None else _described(saved["r"], saved["target_modules"])
+    config = model.peft_config["default"] if isinstance(model, PeftModel) else None
+    now = "whole weights" if config is None else _described(config.r, config.target_modules)
+    if before != now:
+        raise ResumeError(
+            f"{checkpoint} holds {before}, this run trains {now}; set model.lora as it was, or start anew with "
+            "run.resume=false"
+        )
+
+
+def _described(rank: int, target: str) -> str:
+    return f"adapters of rank {rank} on {target}"
 
 
 def _rename(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

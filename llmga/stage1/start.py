@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaProcessor
 
-from llmga.runtime import on_main
+from llmga.runtime import on_main, seed_everything
 from llmga.stage1.added_tokens import add_generation_tags, add_tag_tokens, num_token_ids
 from llmga.stage1.build import build_mllm, build_processor
 from llmga.stage1.chat_template import set_chat_template
@@ -67,6 +67,7 @@ def start_model(cfg: Stage1Config, base_dir: Path) -> Start:
     if settings.tags == "tokens":
         add_generation_tags(mllm, tags)
     set_trainable(mllm.model, settings.trainable)
+    seed_everything(cfg.run.seed)  # loading draws more or less from the generator: on rank 0, or under ZeRO-3
     trained = mllm.model if settings.lora is None else add_adapter(mllm, settings.lora, base)
     logger.info("%s parameters learn, %s are frozen", *(f"{count:,}" for count in count_parameters(trained)))
     return Start(mllm, trained, base)

@@ -41,7 +41,7 @@ from llmga.stage1.mixture import rows_per_epoch
 from llmga.stage1.model import Mllm
 from llmga.stage1.packed_attention import use_packed_sdpa
 from llmga.stage1.packing import PackingCollator
-from llmga.stage1.resume import accept_saved_names
+from llmga.stage1.resume import accept_saved_names, check_same_adapter
 from llmga.stage1.sample_page import SamplePages
 from llmga.stage1.samples import answer_questions, draw_questions
 from llmga.stage1.start import input_paths, save_result, start_model
@@ -101,6 +101,8 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
     if cfg.model.cross_entropy == "chunked":
         use_chunked_cross_entropy(mllm.model)
     accept_saved_names(start.trained)
+    if checkpoint:
+        check_same_adapter(checkpoint, start.trained)
 
     # Data
     data, held_out = _build_data(cfg, mllm, run, examples_per_step)

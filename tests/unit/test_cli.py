@@ -38,7 +38,7 @@ def test_help_answers_in_half_a_second() -> None:
     assert min(seconds) < 0.5
 
 
-@pytest.mark.parametrize("command", ["stage1", "plan", "preview", "config", "world", "ask"])
+@pytest.mark.parametrize("command", ["stage1", "plan", "preview", "config", "world", "ask", "merge"])
 def test_every_command_explains_itself(command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == EXIT_OK and "Usage: llmga " + command in out

@@ -341,6 +341,23 @@ def test_a_sound_stage1_config(stage1_files: list[str]) -> None:
         (["model.attention=flash_attention_2", "run.precision=fp32"], "model.attention .*, run.precision .*bf16 only"),
         (["model.path=/no/where"], "model.path .*: /no/where is no such folder, expected a LLaVA model"),
         (["model.path=."], "model.path .*: . is a folder without config.json"),
+        (["model.llm=."], "model.path .*, model.llm .*: found path together with llm; give a whole model"),
+        (["model.path=null"], "model.path .*: found neither path nor parts, expected path, or llm and vision_tower"),
+        (["model.path=null", "model.llm=."], "found llm, expected path, or llm and vision_tower"),
+        (
+            ["model.path=null", "model.llm=/no", "model.vision_tower=/no"],
+            "model.llm .*: /no is no such folder, expected a",
+        ),
+        (["model.path=null", "model.llm=/no", "model.vision_tower=."], "expected a CLIP or SigLIP model saved by"),
+        (["model.path=null", "model.projector=/no/p.bin"], "model.projector .*: /no/p.bin does not exist"),
+        (["model.chat_template=vicunna"], "model.chat_template .*: found vicunna, expected one of .*mean 'vicuna'"),
+        (["model.system_prompt=/no/where.txt"], "model.system_prompt .*: /no/where.txt does not exist"),
+        (["model.lora.rank=0"], "model.lora.rank .*: found 0, expected greater than or equal to 1"),
+        (
+            ["model.lora.rank=8", "model.trainable=projector"],
+            "model.lora.*, model.trainable .*: adapters train the LLM",
+        ),
+        (["model.quantize=nf4"], "model.quantize .*, model.lora.*: nf4 weights cannot be trained themselves; add lora"),
         (["data.sources=[]"], "data.sources .*: found an empty list, expected at least one source"),
         (["data.sources.0.weight=0"], "data.sources .*: every weight is 0"),
         (["data.sources.0.weight=-1"], "data.sources.0.weight .*: found -1, expected greater than or equal to 0"),
@@ -378,6 +395,29 @@ def test_deepspeed_may_not_name_another_precision(stage1_files: list[str], tmp_p
         load_config(Stage1Config, None, overrides)
     file.write_text(json.dumps({"bf16": {"enabled": "auto"}}))
     assert load_config(Stage1Config, None, overrides).run.deepspeed == file
+
+
+def test_four_bits_need_bitsandbytes(stage1_files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = [*stage1_files, "model.quantize=nf4", "model.lora.rank=8"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"nf4 needs the package bitsandbytes, which is not installed; pip install"):
+        load_config(Stage1Config, None, overrides)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert load_config(Stage1Config, None, overrides).model.lora is not None
+
+
+def test_what_adapters_cannot_do_under_zero3(stage1_files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    zero2, zero3 = (f"run.deepspeed={REPOSITORY / 'configs/deepspeed' / f'zero{stage}.json'}" for stage in (2, 3))
+    lora = [*stage1_files, "model.lora.rank=8"]
+    with pytest.raises(
+        ConfigError, match=r"rows of added tags cannot be trained beside adapters under ZeRO-3; set tags"
+    ):
+        load_config(Stage1Config, None, [*lora, zero3])
+    with pytest.raises(ConfigError, match=r"nf4 weights cannot be spread by ZeRO-3; give a DeepSpeed file of stage 2"):
+        load_config(Stage1Config, None, [*lora, zero3, "model.quantize=nf4", "model.tags=text"])
+    for sound in ([zero2], [zero2, "model.quantize=nf4"], [zero3, "model.tags=text"]):
+        load_config(Stage1Config, None, [*lora, *sound])
 
 
 STAGE1_CONFIGS = REPOSITORY / "configs/stage1"

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from llmga.images import fit_picture
+from llmga.stage1.added_tokens import add_generation_tags
 from llmga.stage1.conversation import ConversationError, Turn, encode_prompt
-from llmga.stage1.model import Mllm, add_generation_tags, set_trainable
+from llmga.stage1.model import Mllm, set_trainable
 from llmga.stage1.pixels import PixelEncoder
 from llmga.stage1.reply import Prompt, PromptError, _drawn, generate_replies, stop_ids
 from llmga.tokens import GEN_IMG
