@@ -24,6 +24,7 @@ class ModelConfig:
     trainable: Literal["projector", "projector+llm"] = "projector+llm"  # the vision tower is always frozen
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     cross_entropy: Literal["full", "chunked"] = "chunked"  # of all tokens at once, or of the trained ones in pieces
+    liger: bool = False  # fused kernels for the LLM's norms, rotary embedding and MLP; CUDA only
 
     @combination("path", machine=True)
     def _model_folder(self) -> str | None:
@@ -37,6 +38,12 @@ class ModelConfig:
         if self.attention != "flash_attention_2" or importlib.util.find_spec("flash_attn"):
             return None
         return "flash_attention_2 needs the package flash-attn, which is not installed; sdpa needs nothing"
+
+    @combination("liger", machine=True)
+    def _liger_installed(self) -> str | None:
+        if not self.liger or importlib.util.find_spec("liger_kernel"):
+            return None
+        return "Liger's kernels need the package liger-kernel, which is not installed; pip install liger-kernel"
 
 
 @dataclass(config=STRICT)

@@ -32,14 +32,13 @@ from llmga.runtime import (
     setup_logging,
 )
 from llmga.stage1.arguments import engine_name, training_arguments
+from llmga.stage1.arithmetic import set_arithmetic
 from llmga.stage1.callbacks import BadSamples, CompleteCheckpoints, Figures, SampleReplies, StopWhenAsked
 from llmga.stage1.config import Stage1Config
-from llmga.stage1.cross_entropy import use_chunked_cross_entropy
 from llmga.stage1.data import BAD_SAMPLES_FILE, BadSampleBudget, Collator, Stage1Dataset, build_datasets
 from llmga.stage1.held_out import mean_token_loss, token_losses
 from llmga.stage1.mixture import rows_per_epoch
 from llmga.stage1.model import Mllm, add_generation_tags, load_mllm, save_mllm, set_trainable
-from llmga.stage1.packed_attention import use_packed_sdpa
 from llmga.stage1.packing import PackingCollator
 from llmga.stage1.resume import accept_saved_names
 from llmga.stage1.sample_page import SamplePages
@@ -97,10 +96,7 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
     mllm = load_mllm(cfg.model.path, TAGS[cfg.model.tag_name], cfg.model.attention)
     if cfg.model.tags == "tokens":
         add_generation_tags(mllm, TAGS[cfg.model.tag_name])
-    if cfg.data.packing and cfg.model.attention == "sdpa":
-        use_packed_sdpa(mllm.model.model.language_model)
-    if cfg.model.cross_entropy == "chunked":
-        use_chunked_cross_entropy(mllm.model)
+    set_arithmetic(mllm.model, cfg)
     accept_saved_names(mllm.model)
     trained, frozen = set_trainable(mllm.model, cfg.model.trainable)
     logger.info("%s parameters learn, %s are frozen", f"{trained:,}", f"{frozen:,}")
