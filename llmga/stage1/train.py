@@ -33,6 +33,7 @@ from llmga.runtime import (
 )
 from llmga.stage1.arguments import engine_name, training_arguments
 from llmga.stage1.arithmetic import set_arithmetic
+from llmga.stage1.balance import BalancedDataset
 from llmga.stage1.callbacks import BadSamples, CompleteCheckpoints, Figures, SampleReplies, StopWhenAsked
 from llmga.stage1.config import Stage1Config
 from llmga.stage1.data import BAD_SAMPLES_FILE, BadSampleBudget, Collator, Stage1Dataset, build_datasets
@@ -108,9 +109,12 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
     epochs = len(data) / samples_per_epoch
     logger.info("%d steps of %d examples, %.3g epochs of %d", total_steps, examples_per_step, epochs, samples_per_epoch)
 
-    collator: Callable[..., dict[str, Any]] = Collator.of(data)
-    if cfg.data.packing:
-        collator = PackingCollator(collator)
+    padding = Collator.of(data)
+    fed, collator = (
+        (BalancedDataset(data, cfg.run.batch_size, examples_per_step), PackingCollator(padding))
+        if cfg.data.packing
+        else (data, padding)
+    )
 
     # Trainer
     watch = BatchWatch(run.path, ranks, mllm.tokenizer.decode, cfg.run.record_sample_ids)
@@ -135,7 +139,7 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
         model=mllm.model,
         args=arguments,
         data_collator=NamedBatches(collator),
-        train_dataset=data,
+        train_dataset=fed,
         eval_dataset=held_out or None,
         compute_metrics=mean_token_loss,
         preprocess_logits_for_metrics=token_losses,
