@@ -28,6 +28,7 @@ def use_packed_sdpa(language_model: PreTrainedModel) -> None:
     language_model.set_attn_implementation(PACKED_SDPA)
 
 
+@torch.compiler.disable  # segments differ in number and length with every batch, and so would what is compiled
 def packed_sdpa(
     module: nn.Module,
     query: Tensor,
