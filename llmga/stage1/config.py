@@ -44,6 +44,7 @@ class ModelConfig:
     trainable: Literal["projector", "projector+llm"] = "projector+llm"  # the vision tower is always frozen
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     cross_entropy: Literal["full", "chunked"] = "chunked"  # of all tokens at once, or of the trained ones in pieces
+    liger: bool = False  # fused kernels for the LLM's norms, rotary embedding and MLP; CUDA only
 
     @combination("path", "llm", "vision_tower", "projector")
     def _whole_or_parts(self) -> str | None:
@@ -108,6 +109,12 @@ class ModelConfig:
         if self.attention != "flash_attention_2" or importlib.util.find_spec("flash_attn"):
             return None
         return "flash_attention_2 needs the package flash-attn, which is not installed; sdpa needs nothing"
+
+    @combination("liger", machine=True)
+    def _liger_installed(self) -> str | None:
+        if not self.liger or importlib.util.find_spec("liger_kernel"):
+            return None
+        return "Liger's kernels need the package liger-kernel, which is not installed; pip install liger-kernel"
 
 
 def _without_model(folder: Path | None, expected: str) -> str | None:

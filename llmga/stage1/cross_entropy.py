@@ -76,6 +76,7 @@ def mean_loss(
     return total / count
 
 
+@torch.compiler.disable  # how many tokens are trained changes with every batch, and so would what is compiled
 def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_logits: int = CHUNK_LOGITS) -> Tensor:
     """Sum of the cross-entropies of `hidden @ weight.T` against `targets`, in float32.
 
@@ -131,6 +132,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return *gradients, None, None
 
 
+@torch.compiler.disable
 def _hand_over_labels(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: the head is called without the labels."""
     module.lm_head.labels = kwargs.get("labels")

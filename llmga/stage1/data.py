@@ -122,7 +122,7 @@ class Stage1Dataset(Dataset[dict[str, Any]]):
         return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """input_ids and labels (lists of int), pixel_values ((3, H, W) float32 or None), sample_id (the index), held_out.
+        """input_ids, labels (lists of int), pixel_values ((3, H, W) float32 or None), sample_id (the index), held_out.
 
         Raises:
             SampleError: see `sample`.

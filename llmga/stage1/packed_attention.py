@@ -28,6 +28,7 @@ def use_packed_sdpa(language_model: PreTrainedModel) -> None:
     language_model.set_attn_implementation(PACKED_SDPA)
 
 
+@torch.compiler.disable  # segments differ in number and length with every batch, and so would what is compiled
 def packed_sdpa(
     module: nn.Module,
     query: Tensor,
@@ -58,12 +59,14 @@ def packed_sdpa(
     bounds = [0, length] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
     assert attention_mask is None, "a packed row came with an attention mask: conversations would be mixed"
     assert bounds[0] == 0 and bounds[-1] == length == num_keys, f"segments end at {bounds[-1]}, the row at {num_keys}"
+    lengths = [end - begin for begin, end in pairwise(bounds)]
+    # `split` has one backward pass for all parts; a slice would fill a whole row of zeros for each of them.
+    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     segments = []
-    for begin, end in pairwise(bounds):
-        parts = (tensor[:, :, begin:end] for tensor in (query, key, value))
-        mask = None if sliding_window is None else _window_mask(end - begin, sliding_window, query.device)
-        segments.append(sdpa_attention_forward(module, *parts, mask, dropout, scaling)[0])
-    return torch.cat(segments, dim=1) if len(segments) > 1 else segments[0], None
+    for length, part in zip(lengths, parts, strict=True):
+        mask = None if sliding_window is None else _window_mask(length, sliding_window, query.device)
+        segments.append(sdpa_attention_forward(module, *part, mask, dropout, scaling)[0])
+    return torch.cat(segments, dim=1), None
 
 
 def no_mask_where_none_is_needed(

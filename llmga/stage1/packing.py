@@ -96,7 +96,8 @@ def check_packed(batch: dict[str, Any], attention: str) -> None:
     assert batch.get("past_key_values") is None, "a packed batch with past keys and values"
     rows, tokens = batch["input_ids"].shape
     assert rows == 1, f"a packed batch of {rows} rows; cu_seq_lens_q speaks of one"
-    bounds, positions = batch["cu_seq_lens_q"], batch["position_ids"]
+    bounds, positions = batch["cu_seq_lens_q"], batch.get("position_ids")
+    assert positions is not None, "a packed batch without position_ids: they would run on"
     assert positions.shape == (1, tokens), f"position_ids of shape {tuple(positions.shape)} for {tokens} tokens"
     assert torch.equal(bounds, batch["cu_seq_lens_k"]), "queries and keys are cut at different places"
     assert torch.equal(positions[0], expected_positions(bounds, tokens)), "position_ids do not restart at cu_seq_lens_q"

@@ -32,14 +32,14 @@ from llmga.runtime import (
     setup_logging,
 )
 from llmga.stage1.arguments import engine_name, training_arguments
+from llmga.stage1.arithmetic import set_arithmetic
+from llmga.stage1.balance import BalancedDataset
 from llmga.stage1.callbacks import BadSamples, CompleteCheckpoints, Figures, SampleReplies, StopWhenAsked
 from llmga.stage1.config import Stage1Config
-from llmga.stage1.cross_entropy import use_chunked_cross_entropy
 from llmga.stage1.data import BAD_SAMPLES_FILE, BadSampleBudget, Collator, Stage1Dataset, build_datasets
 from llmga.stage1.held_out import mean_token_loss, token_losses
 from llmga.stage1.mixture import rows_per_epoch
 from llmga.stage1.model import Mllm
-from llmga.stage1.packed_attention import use_packed_sdpa
 from llmga.stage1.packing import PackingCollator
 from llmga.stage1.resume import accept_saved_names, check_same_adapter
 from llmga.stage1.sample_page import SamplePages
@@ -96,10 +96,7 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
     arguments = training_arguments(cfg, run.path)
     start = start_model(cfg, run.path / "base")
     mllm = start.mllm
-    if cfg.data.packing and cfg.model.attention == "sdpa":
-        use_packed_sdpa(mllm.model.model.language_model)
-    if cfg.model.cross_entropy == "chunked":
-        use_chunked_cross_entropy(mllm.model)
+    set_arithmetic(mllm.model, cfg)
     accept_saved_names(start.trained)
     if checkpoint:
         check_same_adapter(checkpoint, start.trained)
@@ -111,9 +108,12 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
     epochs = len(data) / samples_per_epoch
     logger.info("%d steps of %d examples, %.3g epochs of %d", total_steps, examples_per_step, epochs, samples_per_epoch)
 
-    collator: Callable[..., dict[str, Any]] = Collator.of(data)
-    if cfg.data.packing:
-        collator = PackingCollator(collator)
+    padding = Collator.of(data)
+    fed, collator = (
+        (BalancedDataset(data, cfg.run.batch_size, examples_per_step), PackingCollator(padding))
+        if cfg.data.packing
+        else (data, padding)
+    )
 
     # Trainer
     watch = BatchWatch(run.path, ranks, mllm.tokenizer.decode, cfg.run.record_sample_ids)
@@ -138,7 +138,7 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
         model=start.trained,
         args=arguments,
         data_collator=NamedBatches(collator),
-        train_dataset=data,
+        train_dataset=fed,
         eval_dataset=held_out or None,
         compute_metrics=mean_token_loss,
         preprocess_logits_for_metrics=token_losses,

@@ -24,7 +24,7 @@ class NonFiniteLossError(RunFailed):
 
 
 class NamedBatches:
-    """A collator that adds `sample_ids` and `num_tokens` to each batch, for `BatchWatch` to take off at the model's door.
+    """A collator that adds `sample_ids` and `num_tokens`, for `BatchWatch` to take off again at the model's door.
 
     Args:
         collate: makes a batch of examples that each have a `sample_id`.
