@@ -454,6 +454,7 @@ def test_published_settings() -> None:
             assert (optim.betas, optim.eps, optim.weight_decay) == ((0.9, 0.999), 1e-8, 0)
             assert (optim.schedule, optim.warmup, optim.max_grad_norm) == ("cosine", 0.03, 0)
             assert (run.epochs, run.precision, run.gradient_checkpointing) == (1, "bf16", True)
+            assert run.loss_average == "micro_batch"
             assert (config.data.max_length, run.deepspeed) == (2048, Path("configs/deepspeed/zero3.json"))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmga.stage1.balance import BalancedDataset
 from llmga.stage1.config import SourceConfig, Stage1Config
 from llmga.stage1.data import Collator, Stage1Dataset, build_datasets
 from llmga.stage1.mixture import Mixture, rows_per_epoch
@@ -103,7 +104,7 @@ def plan_data(cfg: Stage1Config, devices: int, num_looked: int = 64) -> DataPlan
         return DataPlan(plans, total, steps, total / rows, notes=notes)
     data = build_datasets(cfg, load_start_processor(cfg.model), total)[0]
     num_looked = min(max(num_looked, cfg.run.batch_size * devices), total)
-    return _look_at(cfg, data, num_looked, DataPlan([], total, steps, total / rows, notes=notes))
+    return _look_at(cfg, data, num_looked, per_step, DataPlan([], total, steps, total / rows, notes=notes))
 
 
 def _open(configs: Sequence[SourceConfig]) -> tuple[list[Source | None], list[str]]:
@@ -119,21 +120,21 @@ def _open(configs: Sequence[SourceConfig]) -> tuple[list[Source | None], list[st
     return opened, notes
 
 
-def _look_at(cfg: Stage1Config, data: Stage1Dataset, count: int, known: DataPlan) -> DataPlan:
+def _look_at(cfg: Stage1Config, data: Stage1Dataset, count: int, per_step: int, known: DataPlan) -> DataPlan:
     """Make the first examples, and batches of them as the run would."""
     assert isinstance(data.order, Mixture)
-    padded, size = Collator.of(data), cfg.run.batch_size
-    collator = PackingCollator(padded) if cfg.data.packing else padded
+    padding, size = Collator.of(data), cfg.run.batch_size
+    fed: Any = BalancedDataset(data, size, per_step) if cfg.data.packing else data
+    collator: Any = PackingCollator(padding) if cfg.data.packing else padding
     longest: BatchShape | None = None
     first: list[list[Chip]] = []
     lengths: list[tuple[int, int, int, int]] = []  # source, tokens, trained, pictures
     for begin in range(0, count, size):
-        indices = range(begin, min(begin + size, count))
-        examples = [data[index] for index in indices]
-        for index, example in zip(indices, examples, strict=True):
+        examples = [fed[index] for index in range(begin, min(begin + size, count))]
+        for example in examples:
             tokens, untrained = len(example["labels"]), example["labels"].count(IGNORE_INDEX)
             has_picture = example["pixel_values"] is not None
-            lengths.append((data.order[index][0], tokens, tokens - untrained, int(has_picture)))
+            lengths.append((data.order[example["sample_id"]][0], tokens, tokens - untrained, int(has_picture)))
         batch = collator(examples)
         trained = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
         packed = len(batch["cu_seq_lens_q"]) - 1 if cfg.data.packing else 0
