@@ -52,6 +52,10 @@ launch-line:  ## print the line that `make stage1` starts, for a scheduler of yo
 preflight: install  ## check the machines, packages, folders and network that a run would use
 	@$(PY) $(LAUNCH) -m llmga preflight $(CONFIG) $(ARGS)
 
+.PHONY: plan
+plan: install $(NEEDS_DATA)  ## tell what CONFIG will do, need and cost, without running it; ARGS="--devices 8 --card A100-80GB"
+	$(PY) -m llmga plan $(CONFIG) $(ARGS)
+
 .PHONY: preview
 preview: install $(NEEDS_DATA)  ## write a page of the examples that CONFIG trains on
 	$(PY) -m llmga preview $(CONFIG) $(ARGS)

@@ -1,5 +1,6 @@
 """Commands for people. Every heavy import waits until its command runs, so `--help` answers at once."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,6 +117,27 @@ def check(
             typer.echo(line)
         if failed:
             raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    devices: Annotated[int, typer.Option(min=1, help="Devices that share the work.")] = 1,
+    card: Annotated[str | None, typer.Option(help="Which, such as A100-80GB; else the one of this machine.")] = None,
+    tokens_per_s: Annotated[float | None, typer.Option(min=1.0, help="Throughput of all devices, if known.")] = None,
+    like: Annotated[Path | None, typer.Option(help="Folder of a former run of this shape; its throughput.")] = None,
+    share_of_peak: Annotated[float | None, typer.Option(min=0.01, max=1.0, help="Of the card's bf16 peak.")] = None,
+    examples: Annotated[int | None, typer.Option(min=1, help="In the run, where its data are not here.")] = None,
+) -> None:
+    """Tell what a run will do, need and cost, and show its first batch, without running it."""
+    with _one_clear_message():
+        _quiet_libraries()
+        from llmga.stage1.plan.plan import Asked, make_plan
+        from llmga.stage1.plan.text import plan_text
+
+        asked = Asked(devices, card, tokens_per_s, like, share_of_peak, examples)
+        typer.echo(plan_text(make_plan(config, overrides or [], asked), colour=sys.stdout.isatty()), nl=False)
 
 
 @app.command("config")

@@ -89,6 +89,9 @@ class RunConfig:
     epochs: Annotated[float, Limits(gt=0)] | None = None  # passes over the data; 1 when neither is given
     batch_size: AtLeastOne = 4  # examples per device and forward pass
     accumulation_steps: AtLeastOne = 1  # forward passes per optimizer step
+    loss_average: Literal["token", "micro_batch"] = (
+        "token"  # over a step's trained tokens, or of means per forward pass
+    )
     precision: Literal["bf16", "fp32"] = "bf16"  # of the arithmetic; trained weights are kept in fp32
     gradient_checkpointing: bool = False  # less memory, about a third more time
     deepspeed: Path | None = None  # a DeepSpeed JSON file; "auto" values in it are filled from here

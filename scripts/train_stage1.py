@@ -3,6 +3,7 @@
     python scripts/train_stage1.py configs/stage1/toy.yaml
     torchrun --nproc_per_node 2 --shutdown_timeout 900 scripts/train_stage1.py configs/stage1/toy.yaml optim.lr=1e-4
     deepspeed scripts/train_stage1.py configs/stage1/toy.yaml run.deepspeed=configs/deepspeed/zero3.json
+    python scripts/train_stage1.py configs/stage1/toy.yaml --dry-run
 
 Ctrl-C or SIGTERM saves and stops; the same command goes on. Without --shutdown_timeout, torchrun kills its processes 30
 s after a signal, and so does deepspeed, whose patience cannot be changed: a model that needs longer to save wants
@@ -26,8 +27,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="YAML file with the settings that differ from the defaults")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings on top of the file's")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="tell what would be done, as `llmga plan` does, and stop"
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     options = parser.parse_intermixed_args()
+    if options.dry_run:
+        return _dry_run(options.config, options.overrides)
     cfg = load_config_together(Stage1Config, options.config, options.overrides)
 
     from llmga.nodes.meeting import MeetingError  # torch only now that the settings are sound
@@ -51,6 +57,23 @@ def main() -> int:
         code = EXIT_OK
     close_distributed()
     return code
+
+
+def _dry_run(config: Path, overrides: list[str]) -> int:
+    """Print the plan for as many devices as the launcher started processes, once."""
+    from llmga.stage1.plan.plan import Asked, make_plan
+    from llmga.stage1.plan.text import plan_text
+
+    if os.environ.get("RANK", "0") != "0":
+        return EXIT_OK
+    try:
+        plan = make_plan(config, overrides, Asked(devices=int(os.environ.get("WORLD_SIZE", "1"))))
+    except ValueError as error:
+        if not type(error).__module__.startswith("llmga."):
+            raise
+        return _tell(str(error), EXIT_BAD_INPUT)
+    print(plan_text(plan, colour=sys.stdout.isatty()), end="")
+    return EXIT_OK
 
 
 def _tell(message: str, code: int) -> int:

@@ -43,6 +43,8 @@ class ModelConfig:
     tag_name: Literal["gen_img", "gen_image"] = "gen_img"  # the paper's spelling, or that of the released weights
     trainable: Literal["projector", "projector+llm"] = "projector+llm"  # the vision tower is always frozen
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    cross_entropy: Literal["full", "chunked"] = "chunked"  # of all tokens at once, or of the trained ones in pieces
+    liger: bool = False  # fused kernels for the LLM's norms, rotary embedding and MLP; CUDA only
 
     @combination("path", "llm", "vision_tower", "projector")
     def _whole_or_parts(self) -> str | None:
@@ -108,6 +110,12 @@ class ModelConfig:
             return None
         return "flash_attention_2 needs the package flash-attn, which is not installed; sdpa needs nothing"
 
+    @combination("liger", machine=True)
+    def _liger_installed(self) -> str | None:
+        if not self.liger or importlib.util.find_spec("liger_kernel"):
+            return None
+        return "Liger's kernels need the package liger-kernel, which is not installed; pip install liger-kernel"
+
 
 def _without_model(folder: Path | None, expected: str) -> str | None:
     """What is wrong with a model folder, None if nothing is."""
@@ -159,6 +167,7 @@ class DataConfig:
     picture_size: AtLeastOne = 512  # pixels a side before the vision tower's own resizing; masks are drawn at it
     picture_mode: Literal["squash", "crop", "pad", "laion"] = "squash"  # how a picture becomes square
     max_length: AtLeastOne = 2048  # tokens, picture tokens included
+    packing: bool = False  # a batch's conversations end to end in one row, without padding: same loss, less time
     too_long: Literal["drop", "error"] = "drop"  # a longer example is replaced and counted, or stops the run
     max_bad_share: Share = 0.001  # of the run's examples; it stops when more of them had an unreadable picture
     similar_generate_share: Share = 0.7  # similar image: asked to generate (tagged), else to describe
@@ -200,6 +209,12 @@ class Stage1Config:
         if self.model.attention != "flash_attention_2" or self.run.precision == "bf16":
             return None
         return f"flash_attention_2 computes in bf16 only, found {self.run.precision}; set one of the two otherwise"
+
+    @combination("data.packing", "model.attention")
+    def _packing_needs_separation(self) -> str | None:
+        if not self.data.packing or self.model.attention != "eager":
+            return None
+        return "eager attention cannot keep packed conversations apart; use sdpa, or set data.packing=false"
 
     @combination("model.quantize", "model.lora", "model.tags", "run.deepspeed", machine=True)
     def _adapters_under_deepspeed(self) -> str | None:

@@ -113,7 +113,7 @@ class Stage1Dataset(Dataset[dict[str, Any]]):
         return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """input_ids and labels (lists of int), pixel_values ((3, H, W) float32 or None), sample_id (the index).
+        """input_ids, labels (lists of int), pixel_values ((3, H, W) float32 or None), sample_id (the index), held_out.
 
         Raises:
             SampleError: see `sample`.
@@ -124,6 +124,7 @@ class Stage1Dataset(Dataset[dict[str, Any]]):
             "labels": sample.encoded.labels,
             "pixel_values": sample.pixel_values,
             "sample_id": index,
+            "held_out": self.name != TRAIN,
         }
 
     def sample(self, index: int) -> Sample:
@@ -272,11 +273,7 @@ class Collator:
             input_ids, labels, attention_mask: (B, L) int64, padded on the right.
             pixel_values: (N, 3, H, W) float32, pictures in the order of their placeholders, N at least 1.
         """
-        pictures = [example["pixel_values"] for example in examples if example["pixel_values"] is not None]
-        for example in examples:
-            expected = 0 if example["pixel_values"] is None else self.num_image_tokens
-            found = example["input_ids"].count(self.image_token_id)
-            assert found == expected, f"sample {example['sample_id']}: {found} picture tokens, expected {expected}"
+        pictures = self.pictures(examples)
         lengths = np.array([len(example["input_ids"]) for example in examples])
         room = np.zeros_like(lengths)  # for the block of a picture that is not there
         if not pictures:
@@ -296,3 +293,11 @@ class Collator:
             "pixel_values": np.stack(pictures),
         }
         return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def pictures(self, examples: Sequence[dict[str, Any]]) -> list[np.ndarray]:
+        """Pixel values of the examples that have a picture, each checked to have its placeholders."""
+        for example in examples:
+            expected = 0 if example["pixel_values"] is None else self.num_image_tokens
+            found = example["input_ids"].count(self.image_token_id)
+            assert found == expected, f"sample {example['sample_id']}: {found} picture tokens, expected {expected}"
+        return [example["pixel_values"] for example in examples if example["pixel_values"] is not None]

@@ -31,13 +31,16 @@ from llmga.runtime import (
     seed_everything,
 )
 from llmga.stage1.arguments import engine_name, training_arguments
+from llmga.stage1.arithmetic import set_arithmetic
 from llmga.stage1.bad_samples import BAD_SAMPLES_FILE, BadSampleBudget
+from llmga.stage1.balance import BalancedDataset
 from llmga.stage1.callbacks import BadSamples, CompleteCheckpoints, Figures, SampleReplies, StopWhenAsked
 from llmga.stage1.config import Stage1Config
 from llmga.stage1.data import Collator, Stage1Dataset, build_datasets
 from llmga.stage1.held_out import mean_token_loss, token_losses
 from llmga.stage1.mixture import rows_per_epoch
 from llmga.stage1.model import Mllm
+from llmga.stage1.packing import PackingCollator
 from llmga.stage1.resume import accept_saved_names, check_same_adapter
 from llmga.stage1.sample_page import SamplePages
 from llmga.stage1.samples import answer_questions, draw_questions
@@ -85,6 +88,7 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
     arguments = training_arguments(cfg, run.path)
     start = start_model(cfg, run.path / "base")
     mllm = start.mllm
+    set_arithmetic(mllm.model, cfg)
     accept_saved_names(start.trained)
     if checkpoint:
         check_same_adapter(checkpoint, start.trained)
@@ -95,6 +99,13 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
     samples_per_epoch = rows_per_epoch([len(source) for source in data.sources], [s.weight for s in data.sources])
     epochs = len(data) / samples_per_epoch
     logger.info("%d steps of %d examples, %.3g epochs of %d", total_steps, examples_per_step, epochs, samples_per_epoch)
+
+    padding = Collator.of(data)
+    fed, collator = (
+        (BalancedDataset(data, cfg.run.batch_size, examples_per_step), PackingCollator(padding))
+        if cfg.data.packing
+        else (data, padding)
+    )
 
     # Trainer
     watch = BatchWatch(run.path, ranks, mllm.tokenizer.decode, cfg.run.record_sample_ids)
@@ -121,8 +132,8 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
     trainer = Trainer(
         model=start.trained,
         args=arguments,
-        data_collator=NamedBatches(Collator.of(data)),
-        train_dataset=data,
+        data_collator=NamedBatches(collator),
+        train_dataset=fed,
         eval_dataset=held_out or None,
         compute_metrics=mean_token_loss,
         preprocess_logits_for_metrics=token_losses,

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from llmga.files import atomic_write
 from llmga.runtime import MetricsLog, Ranks, RunFailed, any_rank, outlive_terminate, sum_over_ranks
+from llmga.stage1.packing import check_packed
 from llmga.tokens import IGNORE_INDEX
 
 _BAD_GRADIENT = "the gradient is not finite although the loss is"
@@ -25,7 +26,7 @@ class NonFiniteLossError(RunFailed):
 
 
 class NamedBatches:
-    """A collator that adds `sample_ids` to each batch, for `BatchWatch` to take off again at the model's door.
+    """A collator that adds `sample_ids` and `num_tokens`, for `BatchWatch` to take off again at the model's door.
 
     Args:
         collate: makes a batch of examples that each have a `sample_id`.
@@ -37,7 +38,11 @@ class NamedBatches:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         outlive_terminate()
         batch = self.collate(examples)
-        return {**batch, "sample_ids": torch.tensor([example["sample_id"] for example in examples])}
+        return {
+            **batch,
+            "sample_ids": torch.tensor([example["sample_id"] for example in examples]),
+            "num_tokens": torch.tensor(sum(len(example["input_ids"]) for example in examples)),
+        }
 
 
 class BatchWatch(TrainerCallback):
@@ -108,18 +113,15 @@ class BatchWatch(TrainerCallback):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Forward pre-hook: take the ids off, remember and count the batch."""
-        ids = kwargs.pop("sample_ids", None)
+        ids, num_tokens = kwargs.pop("sample_ids", None), kwargs.pop("num_tokens", None)
         if "labels" in kwargs:
             kwargs["use_cache"] = False  # the LLM would keep a copy of keys and values that nobody reads
+            check_packed(kwargs, module.config.text_config._attn_implementation)
         if module.training and "labels" in kwargs:
             labels = kwargs["labels"]
-            self._batches.append(([] if ids is None else ids.tolist(), kwargs))
+            self._batches.append((ids.tolist(), kwargs))
             counts = torch.stack(
-                [
-                    torch.tensor(labels.shape[0], device=labels.device),
-                    kwargs["attention_mask"].sum(),
-                    (labels[:, 1:] != IGNORE_INDEX).sum(),
-                ]
+                [torch.tensor(len(ids)), num_tokens.cpu(), (labels[:, 1:] != IGNORE_INDEX).sum().cpu()]
             )
             self._counts = counts if self._counts is None else self._counts + counts
         return args, kwargs

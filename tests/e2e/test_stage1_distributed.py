@@ -41,6 +41,7 @@ from tests.e2e.stage1_run import (
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 ZERO2 = f"run.deepspeed={ROOT / 'configs/deepspeed/zero2.json'}"
+PACKED = "data.packing=true"
 ZERO3 = f"run.deepspeed={ROOT / 'configs/deepspeed/zero3.json'}"
 
 
@@ -78,15 +79,15 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(settings: Path) -> Path:
-    """The run folder of one process, whose batches of 2 are the two ranks' batches of 1."""
-    return train(load_config(Stage1Config, settings, ())).parent
+    """The run folder of one process: padded batches of 2, which are the two ranks' batches of 1, and plain logits."""
+    return train(load_config(Stage1Config, settings, ("model.cross_entropy=full",))).parent
 
 
 @pytest.fixture(scope="module")
 def zero2(settings: Path) -> Path:
-    """The run folder of two processes under ZeRO-2, uninterrupted."""
+    """The run folder of two processes under ZeRO-2, packed, uninterrupted."""
     folder = settings.parent / "zero2"
-    succeed(settings, ZERO2, f"run.output_dir={folder}", "run.batch_size=1", processes=2)
+    succeed(settings, ZERO2, PACKED, f"run.output_dir={folder}", "run.batch_size=1", processes=2)
     return folder
 
 
@@ -134,6 +135,12 @@ def test_the_deepspeed_launcher_trains_and_saves(settings: Path, zero2: Path, tm
     assert latest_checkpoint(folder) == folder / "checkpoint-6" and is_complete(folder / "checkpoint-3")
 
 
+def test_ddp_packs_what_one_process_pads(settings: Path, alone: Path) -> None:
+    folder = settings.parent / "ddp_packed"
+    succeed(settings, PACKED, f"run.output_dir={folder}", "run.batch_size=1", processes=2)
+    assert_trained_alike(folder, alone, 5e-6)
+
+
 def test_zero2_trains_like_one_process(alone: Path, zero2: Path) -> None:
     assert_trained_alike(zero2, alone, 5e-6)
 
@@ -162,7 +169,7 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks_of_deepspeed_at_once(
 
 def test_zero3_survives_the_death_of_a_rank_and_agrees_with_zero2(settings: Path, zero2: Path) -> None:
     folder = settings.parent / "zero3"
-    overrides = (ZERO3, f"run.output_dir={folder}", "run.batch_size=1", "run.sample_every_steps=3")
+    overrides = (ZERO3, PACKED, f"run.output_dir={folder}", "run.batch_size=1", "run.sample_every_steps=3")
     started = start(settings, *overrides, processes=2, sabotage=one_dies_after_step_5)
     codes = started.wait()
     assert codes[1] == -signal.SIGKILL and codes[0] != 0

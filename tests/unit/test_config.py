@@ -214,6 +214,70 @@ def test_files_that_are_no_settings(tmp_path: Path) -> None:
         load("", tmp_path=tmp_path)
 
 
+# ---------------------------------------------------------------- a file that builds on another
+
+
+def load_with_base(base: str, text: str, *overrides: str, tmp_path: Path) -> WholeConfig:
+    (tmp_path / "shared").mkdir(exist_ok=True)
+    (tmp_path / "shared" / "below.yaml").write_text(base)
+    return load("base: shared/below.yaml\n" + text, *overrides, tmp_path=tmp_path)
+
+
+def test_a_base_gives_what_the_file_does_not_say(tmp_path: Path) -> None:
+    base = (
+        "run: {output_dir: a, seed: 3}\noptim: {lr: 1e-3, eps: 1e-6}\nparts: [{path: a, weight: 2}, {path: b}]\nsize: 9"
+    )
+    config = load_with_base(base, "optim: {lr: 1e-4}\nparts: [{path: c}]\nmain: {path: d}", "size=7", tmp_path=tmp_path)
+    assert (config.run.output_dir, config.run.seed) == (Path("a"), 3)
+    assert (config.optim.lr, config.optim.eps, config.size) == (1e-4, 1e-6, 7)
+    assert config.parts == [PartConfig(path=Path("c"))] and config.main == PartConfig(path=Path("d"))
+
+
+def test_a_mistake_is_told_with_the_file_it_stands_in(tmp_path: Path) -> None:
+    base = "run: {output_dir: a}\nsize: big\nparts:\n  - path: a\n    wieght: 1\noptim:\n  lr: slow\n  eps: 0"
+    with pytest.raises(ConfigError) as caught:
+        load_with_base(base, "colour: 3\noptim:\n  lr: fast", tmp_path=tmp_path)
+    below = tmp_path / "shared" / "below.yaml"
+    found = {line.partition(": ")[0] for line in caught.value.mistakes}
+    assert found == {
+        f"size (line 2 of {below})",
+        f"parts.0.wieght (line 5 of {below})",
+        f"optim.eps (line 8 of {below})",
+        "optim.lr (line 4)",
+        "colour (line 2)",
+    }
+
+
+def test_lines_of_a_list_that_was_replaced_are_forgotten(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_with_base("run: {output_dir: a}\nparts: [{path: a}]", "parts:\n  - weight: 1", tmp_path=tmp_path)
+    assert caught.value.mistakes == ("parts.0.path (line 3): missing, and it has no default",)
+
+
+@pytest.mark.parametrize(
+    ("base", "complaint"),
+    [
+        (
+            "base: other.yaml\nsize: 3",
+            "base (line 1): .*below.yaml has a base of its own; one file may build on one other",
+        ),
+        ("- 1", r"base \(line 1\): .*below.yaml holds \[1\], expected sections"),
+        ("size: [", "below.yaml: 1 mistake\n  line 1, column 8: not YAML"),
+    ],
+)
+def test_a_base_that_cannot_be_one(base: str, complaint: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=complaint.replace("base (line 1)", r"base \(line 1\)")):
+        load_with_base(base, RUN, tmp_path=tmp_path)
+
+
+def test_a_base_that_is_not_there(tmp_path: Path) -> None:
+    (line,) = mistakes("base: shared/llmga.yaml\n" + RUN, tmp_path=tmp_path)
+    assert line.startswith(f"base (line 1): {tmp_path}/shared/llmga.yaml does not exist")
+    assert line.endswith(f"; it counts from {tmp_path}")
+    (line,) = mistakes("base: 3\n" + RUN, tmp_path=tmp_path)
+    assert line.startswith("base (line 1): found 3, expected a YAML file")
+
+
 def test_steps_decide_when_given_else_epochs() -> None:
     def length(*overrides: str) -> tuple[int | None, float | None]:
         run = load_config(WholeConfig, None, ["run.output_dir=x", *overrides]).run
@@ -356,13 +420,45 @@ def test_what_adapters_cannot_do_under_zero3(stage1_files: list[str], monkeypatc
         load_config(Stage1Config, None, [*lora, *sound])
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs/stage1").glob("*.yaml")), ids=lambda path: path.name)
+STAGE1_CONFIGS = REPOSITORY / "configs/stage1"
+RECIPES = sorted(path for path in STAGE1_CONFIGS.rglob("*.yaml") if path.parent.name != "shared")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(STAGE1_CONFIGS)))
 def test_every_stage1_config_of_the_repository_loads(path: Path) -> None:
     load_config(Stage1Config, path, check_machine=False)
-    assert "Run: make " in path.read_text().splitlines()[0]
+    first_line = path.read_text().splitlines()[0]
+    assert "Run: make " in first_line
+    assert "CONFIG=" not in first_line or f"CONFIG={path.relative_to(REPOSITORY)}" in first_line
 
 
-@pytest.mark.parametrize("name", ["zero2.json", "zero3.json"])
+def test_published_settings() -> None:
+    """The figures of the published runs, by base model: examples a step, forward passes, and what learns."""
+
+    def read(name: str) -> Stage1Config:
+        return load_config(Stage1Config, STAGE1_CONFIGS / f"{name}.yaml", check_machine=False)
+
+    names = [path.stem for path in (STAGE1_CONFIGS / "projector").glob("*.yaml")]
+    assert len(names) == 9
+    for name in names:
+        tuned, projector = read(name), read(f"projector/{name}")
+        smaller = name in ("llama3_8b", "qwen2_7b", "gemma_2b")
+        assert (tuned.run.batch_size, tuned.run.accumulation_steps) == ((2, 8) if smaller else (4, 4))
+        assert (projector.run.batch_size, projector.run.accumulation_steps) == (8, 4)
+        assert (tuned.optim.lr, projector.optim.lr) == (2e-5, 1e-3)
+        assert (tuned.model.trainable, projector.model.trainable) == ("projector+llm", "projector")
+        assert tuned.model.llm == projector.model.llm
+        assert tuned.model.projector == projector.run.output_dir / "final"
+        for config in (tuned, projector):
+            optim, run = config.optim, config.run
+            assert (optim.betas, optim.eps, optim.weight_decay) == ((0.9, 0.999), 1e-8, 0)
+            assert (optim.schedule, optim.warmup, optim.max_grad_norm) == ("cosine", 0.03, 0)
+            assert (run.epochs, run.precision, run.gradient_checkpointing) == (1, "bf16", True)
+            assert run.loss_average == "micro_batch"
+            assert (config.data.max_length, run.deepspeed) == (2048, Path("configs/deepspeed/zero3.json"))
+
+
+@pytest.mark.parametrize("name", ["zero2.json", "zero3.json", "zero3_offload.json"])
 def test_deepspeed_files_fit_both_precisions(name: str, stage1_files: list[str]) -> None:
     for precision in ("bf16", "fp32"):
         overrides = [f"run.deepspeed={REPOSITORY / 'configs/deepspeed' / name}", f"run.precision={precision}"]
