@@ -59,7 +59,7 @@ def build_world(
 
     Args:
         out: folder to make.
-        rows: records of the training split; validation and test hold a twentieth of it each, at least 64.
+        rows: records of the training split; validation holds a twentieth of it and test a fifth, at least 64 each.
         seed: picks the scenes and all that is said about them; under any seed no two splits share a scene.
         preset: `learnable` or `dense`.
         kind: `base` or `stage1`: a key of `CORPORA`.
@@ -155,8 +155,8 @@ def _settings(
             raise WorldError(f"the weight of {part!r} is {weight}; expected a number that is not negative")
     if not sum(weights.values()):
         raise WorldError("all weights are 0; expected at least one above")
-    held_out = max(64, rows // 20)
-    splits = dict({"train": rows, "validation": held_out, "test": held_out} if splits is None else splits)
+    default = {"train": rows, "validation": max(64, rows // 20), "test": max(64, rows // 5)}
+    splits = dict(default if splits is None else splits)
     for split, count in splits.items():
         if split not in SPLITS:
             raise WorldError(f"split {split!r} is unknown; expected some of {', '.join(SPLITS)}")
