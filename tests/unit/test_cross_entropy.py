@@ -98,7 +98,7 @@ def test_a_frozen_head_gets_no_gradient_and_no_tokens_give_zero():
     hidden, weight, targets = made_up(0)
     total = summed_cross_entropy(hidden, weight, targets)
     total.backward()
-    assert float(total) == 0 and not weight.grad.any()
+    assert total.item() == 0 and not weight.grad.any()
 
 
 def test_a_second_backward_pass_is_refused():
