@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageEnhance
 
+from llmga.machine import machine_in_words
 from llmga.records import Record, write_manifest
 
 RESULT = Path(__file__).parent / "results" / "check.json"
@@ -129,15 +129,6 @@ def _memory_mb(process: int) -> float:
     return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
 
 
-def machine() -> str:
-    """The machine in plain words."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), platform.machine())
-    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    python = f"Python {platform.python_version()}, Pillow {Image.__version__}"
-    return f"{os.cpu_count()} cores of {cpu}, {memory_gb:.0f} GB memory, {python}; files in the page cache"
-
-
 def main() -> None:
     """Make the pictures, check them several times, write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -159,7 +150,7 @@ def main() -> None:
         best = max(runs, key=lambda run: run["pictures_per_s"])
         result = {
             "command": "python benchmarks/check.py",
-            "machine": machine(),
+            "machine": machine_in_words("pillow", note="files in the page cache"),
             "long_side_px": LONG_SIDE_PX,
             "mean_file_kb": round(mean_kb, 1),
             "workers": args.workers,

@@ -25,7 +25,6 @@ processor time is counted, since the machine is shared. Three mixtures:
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -37,6 +36,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from llmga.machine import machine_in_words
 
 RESULT = Path(__file__).parent / "results" / "packing.json"
 ROOT = Path(__file__).parents[1]
@@ -229,20 +230,6 @@ def compare(mixture: str, batch_size: int, steps: int, rounds: int, data_dir: Pa
     return summary
 
 
-def machine() -> str:
-    """The machine in plain words."""
-    import torch
-    import transformers
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), platform.machine())
-    return (
-        f"one thread of {cpu} ({os.cpu_count()} cores, shared with other work; processor time is counted), float32, "
-        f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__.split('+')[0]}, "
-        f"transformers {transformers.__version__}"
-    )
-
-
 def main() -> None:
     """Measure one way, or compare all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -263,7 +250,7 @@ def main() -> None:
             subprocess.run([*build, "--no-sheet"], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
         result = {
             "command": f"python benchmarks/packing.py --rounds {args.rounds}",
-            "machine": machine(),
+            "machine": machine_in_words("torch", "transformers", threads=1, note="float32, processor time is counted"),
             "toy": compare("toy", 32, 6, args.rounds, data_dir),
             "mix665k": compare("mix665k", 16, 1, args.rounds, data_dir),
             "mix665k_batches_of_4": compare("mix665k", 4, 3, args.rounds, data_dir),

@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from llmga.machine import machine_in_words
 
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "plan_memory.json"
@@ -190,7 +191,7 @@ def main() -> None:
             print(json.dumps({name: cases[name]}), flush=True)
     result = {
         "command": "python benchmarks/plan_memory.py",
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, no GPU",
+        "machine": machine_in_words("torch", "transformers", note="no GPU"),
         "baseline_mb": round(baseline, 1),
         "cases": cases,
     }
