@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlavaForCo
 from typer.testing import CliRunner
 
 from llmga.cli import app
-from llmga.config import EXIT_BAD_INPUT, EXIT_OK, RunConfig
+from llmga.config import EXIT_BAD_INPUT, EXIT_OK, RunConfig, save_config
 from llmga.records import Record, write_manifest
 from llmga.stage1.config import DataConfig, LoraConfig, ModelConfig, SourceConfig, Stage1Config
 from llmga.stage1.cross_entropy import use_chunked_cross_entropy
@@ -258,13 +258,19 @@ def test_a_share_of_the_peak_says_which() -> None:
 def test_the_throughput_of_a_former_run_is_its_median_without_the_first_log(tmp_path: Path) -> None:
     logs = [{"step": i, "tokens_per_s": speed} for i, speed in enumerate([5, 100, 300, 200])]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*logs, {"step": 4, "eval_loss": 1}])) + "\n")
-    speed = speed_of_run(tmp_path)
+    cfg = settings(tmp_path, batch_size=8)
+    speed = speed_of_run(tmp_path, cfg, 1)
     assert speed.tokens_per_s == 200 and "measured: median of 3 logs of" in speed.basis
+    save_config(settings(tmp_path, batch_size=4), tmp_path / "config.yaml")
+    (tmp_path / "environment.json").write_text(json.dumps({"starts": [{"world_size": 1}, {"world_size": 2}]}))
+    scaled = speed_of_run(tmp_path, cfg, 8)
+    assert scaled.tokens_per_s == 800
+    assert scaled.basis.endswith("from 2 to 8 devices in proportion; that run had another run.batch_size")
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(SpeedError, match="holds no tokens_per_s"):
-        speed_of_run(tmp_path)
+        speed_of_run(tmp_path, cfg, 1)
     with pytest.raises(SpeedError, match="cannot be read as the metrics of a run"):
-        speed_of_run(tmp_path / "nowhere")
+        speed_of_run(tmp_path / "nowhere", cfg, 1)
 
 
 @pytest.mark.parametrize(
@@ -369,6 +375,13 @@ def test_a_plan_without_data_or_model_says_what_could_not_be_read(world: Path) -
     assert "sizes as published in Qwen/Qwen2-0.5B-Instruct" in shown
     assert "assumed: 40% of 312 TFLOP/s" in shown and "hours at 300 tokens an example" in shown
     assert "A100-80GB has 85.9 GB" in shown and "fits" in shown
+
+
+def test_a_given_throughput_is_told_as_given(world: Path) -> None:
+    shown = plan(world, "--tokens-per-s", "1000")
+    assert "1,000 tokens/s over all devices; given with --tokens-per-s" in shown
+    result = CliRunner().invoke(app, ["plan", str(world / "settings.yaml"), "--card", "GTX"], prog_name="llmga")
+    assert result.exit_code == EXIT_BAD_INPUT and "card 'GTX' is not in the table" in result.stderr
 
 
 def test_mistakes_in_the_settings_are_no_notes(world: Path) -> None:

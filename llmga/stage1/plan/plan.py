@@ -1,6 +1,6 @@
 """A run told before it runs: `llmga plan CONFIG`, and `--dry-run` of the recipe."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llmga.config import ConfigError, load_config
@@ -10,7 +10,7 @@ from llmga.stage1.plan.disk import Disk, disk_use
 from llmga.stage1.plan.examples import DataPlan, plan_data
 from llmga.stage1.plan.memory import DeviceMemory, MemoryModel
 from llmga.stage1.plan.rehearsal import BatchShape
-from llmga.stage1.plan.speed import Speed, card_here, flops_per_token, speed_from_share, speed_of_run
+from llmga.stage1.plan.speed import Speed, card_here, check_card, flops_per_token, speed_from_share, speed_of_run
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ def make_plan(path: Path, overrides: list[str], asked: Asked) -> Plan:
         ConfigError: mistakes in the settings themselves; what is merely not on this machine is a note of the plan.
         ValueError: data that are here and that training would stop at.
     """
+    check_card(asked.card)
+    asked = replace(asked, card=asked.card or card_here())
     cfg = load_config(Stage1Config, path, overrides, check_machine=False)
     missing = _missing(path, overrides)
     data = plan_data(cfg, asked.devices)
@@ -117,13 +119,12 @@ def _speed(cfg: Stage1Config, asked: Asked, model: MemoryModel | None, data: Dat
     if asked.tokens_per_s is not None:
         return Speed(asked.tokens_per_s, "given with --tokens-per-s")
     if asked.like is not None:
-        return speed_of_run(asked.like)
-    card = asked.card or card_here()
-    if card is None or model is None:
+        return speed_of_run(asked.like, cfg, asked.devices)
+    if asked.card is None or model is None:
         return None
     pictures = data.pictures if data.pictures is not None else 1.0
     flops = flops_per_token(cfg, model.architecture.config, model.counts, tokens, pictures)
-    return speed_from_share(flops, card, asked.devices, asked.share_of_peak)
+    return speed_from_share(flops, asked.card, asked.devices, asked.share_of_peak)
 
 
 def _hours(speed: Speed | None, examples: int | None, tokens: float) -> float | None:

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
+from llmga.config import dump_config
 from llmga.stage1.config import Stage1Config
 from llmga.stage1.plan.architecture import Counts
 
@@ -102,10 +104,7 @@ def speed_from_share(flops: float, card: str, devices: int, share: float | None)
     Raises:
         SpeedError: a card that is not in the table.
     """
-    if card not in CARDS:
-        raise SpeedError(
-            f"card {card!r} is not in the table; expected one of {', '.join(CARDS)}, or give --tokens-per-s"
-        )
+    check_card(card)
     taken = ASSUMED_SHARE if share is None else share
     peak = CARDS[card].peak_tflops
     basis = (
@@ -115,11 +114,22 @@ def speed_from_share(flops: float, card: str, devices: int, share: float | None)
     return Speed(taken * peak * 1e12 * devices / flops, basis)
 
 
-def speed_of_run(path: Path) -> Speed:
-    """The median throughput of a former run, without its first log.
+def check_card(card: str | None) -> None:
+    """Refuse a card that is not in the table.
+
+    Raises:
+        SpeedError: names those that are.
+    """
+    if card is not None and card not in CARDS:
+        raise SpeedError(f"card {card!r} is not in the table; expected one of {', '.join(CARDS)}")
+
+
+def speed_of_run(path: Path, cfg: Stage1Config, devices: int) -> Speed:
+    """The median throughput of a former run, without its first log, taken to grow with the number of devices.
 
     Args:
         path: the run's folder, or its metrics.jsonl.
+        cfg, devices: of the run to come; what of its shape differs is said.
     Raises:
         SpeedError: no such file, or no throughput in it.
     """
@@ -132,4 +142,40 @@ def speed_of_run(path: Path) -> Speed:
     if not logged:
         raise SpeedError(f"{path} holds no tokens_per_s; give the metrics.jsonl of a stage-1 run, or --tokens-per-s")
     settled = logged[1:] or logged
-    return Speed(statistics.median(settled), f"measured: median of {len(settled)} logs of {path}")
+    median, basis = statistics.median(settled), f"measured: median of {len(settled)} logs of {path}"
+    former = _devices_of(path.parent)
+    if former is not None and former != devices:
+        median, basis = median / former * devices, f"{basis}, taken from {former} to {devices} devices in proportion"
+    if differing := _other_shape(path.parent, cfg):
+        basis += f"; that run had another {', '.join(differing)}"
+    return Speed(median, basis)
+
+
+def _devices_of(run: Path) -> int | None:
+    """Processes of a former run, None where it does not say."""
+    try:
+        return int(json.loads((run / "environment.json").read_text(encoding="utf-8"))["starts"][-1]["world_size"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _other_shape(run: Path, cfg: Stage1Config) -> list[str]:
+    """Settings that decide the speed and were others in a former run."""
+    try:
+        former = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return []
+    now = dump_config(cfg)
+    return [
+        f"{section}.{key}"
+        for section, keys in _SHAPE.items()
+        for key in keys
+        if (former.get(section) or {}).get(key) != now[section][key]
+    ]
+
+
+_SHAPE = {
+    "model": ("path", "llm", "vision_tower", "trainable", "lora", "quantize", "attention", "cross_entropy", "liger"),
+    "data": ("max_length", "packing"),
+    "run": ("batch_size", "precision", "gradient_checkpointing", "deepspeed"),
+}

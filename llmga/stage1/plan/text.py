@@ -96,13 +96,14 @@ def _memory(plan: Plan) -> Iterator[str]:
         return
     yield _engine(plan)
     heads = ["longest batch seen"] * (len(plan.memory) > 1) + ["largest allowed"]
-    rows = [("GB", *heads), ("", *(_shape(one) for one in plan.memory))]
+    unit, size = ("GB", 1e9) if plan.memory[-1].total > 1e9 else ("MB", 1e6)
+    rows = [(unit, *heads), ("", *(_shape(one) for one in plan.memory))]
     for part in MEMORY_PARTS:
-        rows.append((part, *(f"{one.parts[part] / 1e9:,.2f}" for one in plan.memory)))
-    rows.append(("together", *(f"{one.total / 1e9:,.2f}" for one in plan.memory)))
+        rows.append((part, *(f"{one.parts[part] / size:,.2f}" for one in plan.memory)))
+    rows.append(("together", *(f"{one.total / size:,.2f}" for one in plan.memory)))
     rows.append(("fullest in the", *(one.moment for one in plan.memory)))
     if any(one.host for one in plan.memory):
-        rows.append(("in host memory", *(f"{one.host / 1e9:,.2f}" for one in plan.memory)))
+        rows.append(("in host memory", *(f"{one.host / size:,.2f}" for one in plan.memory)))
     yield from _table(rows)
     yield from _fits(plan)
 
