@@ -25,6 +25,7 @@ from llmga.cli import SHIPPED_MODELS, newest_model
 from llmga.config import EXIT_BAD_INPUT, EXIT_OK
 from llmga.files import atomic_write
 from llmga.images import open_picture, picture_path
+from llmga.machine import machine_in_words
 from llmga.metrics.intervals import Interval, bootstrap_difference, bootstrap_ratio
 from llmga.records import Record, open_manifest
 from llmga.runtime import environment
@@ -85,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     result = {
         "schema_version": 1,
+        "machine": machine_in_words("torch", "transformers"),
         "environment": {key: value for key, value in environment().items() if key in ("commit", "versions")},
         "protocol": {
             "data": str(args.data),
@@ -102,6 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "comparisons": compare(rows),
     }
     write_result(args.out, result, rows, items)
+    if args.publish:
+        atomic_write(args.publish, json_text(result))
     print(f"tuned: {args.model}, base: {args.base}")
     print(table(result["metrics"]))
     for comparison in result["comparisons"]:
@@ -118,6 +122,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-base", dest="base", action="store_const", const=None, help="leave the base out")
     parser.add_argument("--data", type=Path, default=Path("data/toy/test.jsonl"), help="manifest of held-out scenes")
     parser.add_argument("--out", type=Path, default=Path("runs/eval_language"))
+    parser.add_argument("--publish", type=Path, help="write result.json here too, without the replies")
     parser.add_argument("--rows", type=int, default=500, help="records per task")
     parser.add_argument("--vqa-rows", type=int, default=600, help="records of VQA, each with one to eight questions")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
@@ -350,6 +355,11 @@ def table(metrics: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def json_text(result: dict[str, Any]) -> str:
+    """A result as a file's text."""
+    return json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+
+
 def write_result(out: Path, result: dict[str, Any], rows: Sequence[dict[str, Any]], items: Sequence[Item]) -> None:
     """Write result.json, items.jsonl and index.html."""
     from language_page import render_page
@@ -357,7 +367,7 @@ def write_result(out: Path, result: dict[str, Any], rows: Sequence[dict[str, Any
     out.mkdir(parents=True, exist_ok=True)
     pictures = {item.id: item.example.picture for item in items}
     texts = {
-        "result.json": json.dumps(result, indent=1, ensure_ascii=False) + "\n",
+        "result.json": json_text(result),
         "items.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
         "index.html": render_page(result, table_rows(result["metrics"]), rows, pictures),
     }
