@@ -124,6 +124,7 @@ def _any_of(literals: tuple[str, ...]) -> re.Pattern[str]:
 # ---------------------------------------------------------------- CLIP's vocabulary
 
 CLIP_WINDOW = 77  # positions of one CLIP text window, BOS and EOS included
+CHUNK_TOKENS = CLIP_WINDOW - 2  # tokens of text in one window; longer prompts are cut into chunks of so many
 _CLIP_MERGES = 49152 - 256 - 2  # the file holds more lines than CLIP's vocabulary of 49,408 entries uses
 _CLIP_CONTROL = "<|"  # opens CLIP's own special tokens
 
@@ -137,17 +138,21 @@ class ClipWord(NamedTuple):
 
 
 @cache
-def clip_tokenizer() -> CLIPTokenizer:
+def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
     """The tokenizer of OpenAI's CLIP (and of SD1.5), built from the vocabulary file that ships inside open_clip.
 
     Its ids are CLIP's: 49,408 entries, BOS 49406, EOS and padding 49407. The original also repairs broken encodings,
     straightens curly quotes and resolves HTML entities before it tokenizes; the transformers class does not (and
     forgets an added normaliser when it is reloaded): pass text from the web through `clean_clip_text` first.
+    `save_pretrained` writes the tokenizer folder of a diffusers pipeline.
+
+    Args:
+        pad_token: "!" (id 0) gives SDXL's second tokenizer, which splits "!" off as a token of its own.
     """
     from transformers import CLIPTokenizer
 
     vocab, merges = _clip_vocabulary()
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CLIP_WINDOW)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CLIP_WINDOW, pad_token=pad_token)
 
 
 def clean_clip_text(text: str) -> str:
