@@ -104,13 +104,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for begin in range(0, len(hidden), chunk_tokens):
             chunk = hidden[begin : begin + chunk_tokens].to(dtype)
             target = targets[begin : begin + chunk_tokens, None]
-            logits = functional.linear(chunk, matrix).float()
-            log_total = logits.logsumexp(dim=1, keepdim=True)
-            total += (log_total - logits.gather(1, target)).sum()
+            log_probabilities = functional.linear(chunk, matrix).float().log_softmax(dim=1)
+            total -= log_probabilities.gather(1, target).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
-            grad = logits.sub_(log_total).exp_()  # the probabilities
-            grad.scatter_add_(1, target, torch.full_like(log_total, -1.0))
+            grad = log_probabilities.exp_()
+            grad.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32))
             grad = grad.to(dtype)
             if grad_hidden is not None:
                 grad_hidden[begin : begin + chunk_tokens] = grad @ matrix
