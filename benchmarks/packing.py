@@ -109,9 +109,10 @@ def mix665k() -> tuple[Any, Iterator[Example], Any]:
 def toy(data_dir: Path) -> tuple[Any, Iterator[Example], Any]:
     """Model, examples and the padding collator of `make stage1`."""
     from llmga.config import load_config
+    from llmga.stage1.added_tokens import add_generation_tags
     from llmga.stage1.config import Stage1Config
     from llmga.stage1.data import Collator, build_datasets
-    from llmga.stage1.model import add_generation_tags, load_mllm
+    from llmga.stage1.model import load_mllm
     from llmga.tokens import TAGS
 
     overrides = [f"data.sources=[{{path: {data_dir / 'train.jsonl'}}}]", "data.validation=[]", "run.eval_every_steps=0"]

@@ -1,6 +1,9 @@
 """How a loaded model computes: attention of packed rows, loss, fused kernels. What it computes does not change."""
 
+import logging
+
 import torch
+from torch import nn
 from transformers import LlavaForConditionalGeneration
 from transformers.integrations.liger import apply_liger_kernel
 
@@ -8,6 +11,8 @@ from llmga.runtime import RuntimeSetupError
 from llmga.stage1.config import Stage1Config
 from llmga.stage1.cross_entropy import use_chunked_cross_entropy
 from llmga.stage1.packed_attention import use_packed_sdpa
+
+logger = logging.getLogger(__name__)
 
 
 def set_arithmetic(model: LlavaForConditionalGeneration, cfg: Stage1Config) -> None:
@@ -25,7 +30,11 @@ def set_arithmetic(model: LlavaForConditionalGeneration, cfg: Stage1Config) -> N
     if cfg.data.packing and cfg.model.attention == "sdpa":
         use_packed_sdpa(model.model.language_model)
     if cfg.model.cross_entropy == "chunked":
-        use_chunked_cross_entropy(model)
+        # Beside adapters the rows of added tags may learn in the head; then only peft knows its weights.
+        if type(model.lm_head) is nn.Linear:
+            use_chunked_cross_entropy(model)
+        else:
+            logger.info("model.cross_entropy=chunked needs a plain output head; this run computes all logits")
     # The Trainer divides by the trained tokens of a whole step when the model takes that number, else takes the mean
     # of the means of its forward passes, as the published code did.
     model.accepts_loss_kwargs = cfg.run.loss_average == "token"

@@ -90,7 +90,7 @@ def test_a_killed_check_goes_on_and_ends_in_the_same_report(
 ) -> None:
     process = start(manifest, tmp_path / "out")
     while pictures_done(tmp_path / "out") < 2 and process.poll() is None:
-        time.sleep(0.02)
+        time.sleep(0.005)
     os.kill(process.pid, with_signal)
     process.communicate(timeout=60)
     assert process.returncode == exit_code

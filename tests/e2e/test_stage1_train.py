@@ -243,8 +243,9 @@ def test_packed_killed_and_run_again_ends_in_the_same_weights(settings: Path, tm
 
 @pytest.mark.parametrize("cross_entropy", ["full", "chunked"])
 def test_the_loss_can_be_the_mean_of_means(settings: Path, elsewhere: str, cross_entropy: str) -> None:
+    from llmga.stage1.added_tokens import add_generation_tags
     from llmga.stage1.data import Collator, build_datasets
-    from llmga.stage1.model import add_generation_tags, load_mllm
+    from llmga.stage1.model import load_mllm
 
     overrides = (elsewhere, "run.batch_size=1", "run.accumulation_steps=3", "data.packing=true", "run.max_steps=1")
     train_here(settings, *overrides, "run.loss_average=micro_batch", f"model.cross_entropy={cross_entropy}")
