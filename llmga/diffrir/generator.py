@@ -39,7 +39,7 @@ class Generator(nn.Module):
         num_blocks: blocks of levels 1 to 4; encoder and decoder share the first three numbers.
         num_refinement_blocks: blocks between decoder 1 and the upsampling.
         heads: attention heads of levels 1 to 4.
-        ffn_expansion_factor, bias, norm, prior_width: see `TransformerBlock`; `bias` spares the last three convolutions.
+        ffn_expansion_factor, bias, norm, prior_width: see `TransformerBlock`; the tail always has biases.
     Source: Restormer (arXiv 2111.09881) steered as in DiffIR (arXiv 2303.09472).
     """
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from llmga.diffrir.network import MULTIPLE_PX, DiffRIR
+from llmga.diffrir.padding import reflect
 from llmga.diffrir.reference import check_inputs, compose, concat_reference, hole_of
 
 
@@ -48,23 +49,12 @@ def pad_inputs(low_quality: Tensor, ground_truth: Tensor, edit_mask: Tensor, sca
     """
     height, width = (-side % MULTIPLE_PX for side in ground_truth.shape[-2:])
     return (
-        _reflect(low_quality, height // scale, width // scale),
-        _reflect(ground_truth, height, width),
-        _reflect(hole_of(edit_mask), height, width),
+        reflect(low_quality, 0, width // scale, 0, height // scale),
+        reflect(ground_truth, 0, width, 0, height),
+        reflect(hole_of(edit_mask), 0, width, 0, height),
     )
 
 
 def to_uint8(images: Tensor) -> Tensor:
     """Floats to 8-bit pixels, clamped to [0, 1] and rounded; the input stays as it is."""
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def _reflect(images: Tensor, height: int, width: int) -> Tensor:
-    """Add rows below and columns to the right, mirrored at the last pixel; back and forth where a picture is small."""
-    for dim, added in ((-2, height), (-1, width)):
-        if added:
-            side = images.shape[dim]
-            period = max(1, 2 * (side - 1))
-            index = torch.arange(side + added, device=images.device) % period
-            images = images.index_select(dim, torch.where(index < side, index, period - index))
-    return images

@@ -17,6 +17,7 @@ from llmga.diffrir.prior import PriorDiffusion, diffusion_schedule
 from llmga.diffrir.reference import compose, concat_reference
 from llmga.diffrir.released_names import released_names
 from llmga.diffrir.restore import pad_inputs, restore_batch, to_uint8
+from llmga.metrics.pictures import psnr_luma
 from tests.golden_diffrir import Case, golden_case, golden_weights
 
 PRIOR_CASES = ("s1_x1", "s1_x2", "s1_x4")
@@ -187,6 +188,8 @@ def test_inference_with_padding_and_composition() -> None:
     # A value that lies within the tolerance of the middle between two grey levels may be rounded the other way.
     difference = (to_uint8(restored)[0].permute(1, 2, 0).int() - case.arrays["out_u8"].int()).abs()
     assert difference.max() <= 1 and (difference > 0).float().mean() < 0.01
+    for border, key in ((0, "psnr_y_crop0"), (4, "psnr_y_out_vs_gt")):
+        assert psnr_luma(restored, ground_truth, border).item() == pytest.approx(case.facts[key], abs=1e-3)
 
 
 def test_schedule() -> None:
