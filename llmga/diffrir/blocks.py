@@ -67,12 +67,12 @@ class ModulatedProjection(nn.Module):
         shift = k2 if self.offset is None else self.offset * k1 + k2
         weight = self.projection.weight * (self.gain * k1)[:, None, :]  # (B, out_dim, C)
         bias = F.linear(shift, self.projection.weight, self.projection.bias)  # (B, out_dim)
-        return torch.baddbmm(bias[:, None, :], self._normalise(rows), weight.mT)
+        return torch.baddbmm(bias[:, None, :], self._normalise(rows).to(weight.dtype), weight.mT)
 
     def _normalise(self, rows: Tensor) -> Tensor:
-        """The norm without gain and offset, in float32 whatever autocast says."""
+        """The norm without gain and offset, in float32 or better whatever autocast says."""
         with torch.autocast(rows.device.type, enabled=False):
-            rows = rows.float()
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
             mean_of = rows.new_full((rows.shape[-1], 1), 1 / rows.shape[-1])  # as a product: reductions are slower
             centred = rows - rows @ mean_of
             scale = (centred.square() @ mean_of + _NORM_EPS).rsqrt()
@@ -108,14 +108,14 @@ class ChannelAttention(nn.Module):
         attention = self._attention(query_key)  # (B, heads, C/n, C/n)
         heads, width = attention.shape[1:3]
         out = self.project_out.weight.unflatten(1, (heads, width)).transpose(0, 1)  # (heads, C, C/n)
-        matrix = (out @ attention).transpose(1, 2).flatten(2)  # (B, C, C)
+        matrix = (out @ attention.to(out.dtype)).transpose(1, 2).flatten(2)  # (B, C, C)
         rows = torch.baddbmm(rows, value, matrix.mT)
         return rows if self.project_out.bias is None else rows + self.project_out.bias
 
     def _attention(self, query_key: Tensor) -> Tensor:
-        """Softmax of the cosines between queries and keys, in float32 whatever autocast says."""
+        """Softmax of the cosines between queries and keys, in float32 or better whatever autocast says."""
         with torch.autocast(query_key.device.type, enabled=False):
-            query_key = query_key.float()
+            query_key = query_key.to(torch.promote_types(query_key.dtype, torch.float32))
             heads = self.temperature.shape[0]
             lengths = query_key.square().sum(dim=1).clamp_min(_LENGTH_EPS**2).rsqrt()  # (B, 2C)
             query, key = query_key.mT.unflatten(1, (2, heads, -1)).unbind(dim=1)  # (B, heads, C/n, N)

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmga.checkpoint import sha256, write_folder_atomically
+from llmga.checkpoint import write_folder_atomically
 from llmga.diffrir.discriminator import Discriminator
 from llmga.diffrir.network import DiffRIR, Phase, check_kind
 from llmga.diffrir.released_names import ALIASES, is_pointwise, released_names
 from llmga.diffrir.released_settings import CheckpointError, released_settings
 from llmga.files import no_such_file, written_aside
+from llmga.run_folder import hashes
+from llmga.runtime import environment
 
 EMA_KEY, LAST_KEY = "params_ema", "params"
 _BUFFER = re.compile(r"diffusion\.[a-z0-9_]+")
@@ -119,10 +121,11 @@ def convert_restorer(
         model = from_reference_state_dict(_read(source), scale=scale, phase=phase, ema=ema)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    origin = {"source": source.name, "sha256": sha256(source), "weights": "ema" if ema else "last"}
+    made_with = {key: value for key, value in environment().items() if key in ("commit", "versions")}
+    origin = {"inputs": hashes([source]), "weights": "ema" if ema else "last", **made_with}
     with write_folder_atomically(Path(folder)) as aside:
         model.save_pretrained(aside)
-        (aside / "provenance.json").write_text(json.dumps({"converted_from": origin, "torch": torch.__version__}))
+        (aside / "provenance.json").write_text(json.dumps(origin, indent=2) + "\n")
     return model
 
 

@@ -1,4 +1,4 @@
-"""Clean pictures to degraded ones: two rounds of blur, resizing, noise and JPEG, then a shift of contrast and brightness.
+"""Clean pictures to degraded ones: two rounds of blur, resizing, noise and JPEG; contrast and brightness a little off.
 
 Chance and arithmetic are apart: `draw_degradation` decides everything, from a seed; `degrade` does it, in batches and
 on any device. Shapes change together: what decides them (factors, resizing, order) is shared by a batch, and a

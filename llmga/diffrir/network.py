@@ -240,8 +240,16 @@ class DiffRIR(
         """What `from_pretrained` does after reading config.json; the mixin's own ignores missing weights and prints."""
         path = Path(model_id) / WEIGHTS_NAME
         if not Path(model_id).is_dir():
-            download = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only}
-            path = Path(hf_hub_download(model_id, WEIGHTS_NAME, revision=revision, token=token, **download))
+            downloaded = hf_hub_download(
+                model_id,
+                WEIGHTS_NAME,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+            )
+            path = Path(str(downloaded))
         if not path.is_file():
             raise RestorerError(f"{path} does not exist; expected a folder that save_pretrained wrote")
         model = cls(**model_kwargs)
