@@ -1,34 +1,25 @@
 # Everything starts here: `make` alone lists the commands. Nothing has to be installed first but Python 3.11+ and git.
 
 CONFIG ?= configs/stage1/toy.yaml
-NPROC  ?= 1
-NODES  ?= 1
 ARGS   ?=
 
-MASTER_PORT ?= 29500
-NODE_RANK   ?= $(SLURM_NODEID)
+# Where a run's processes start; llmga/nodes/launch.py makes the line, prints it and becomes it (docs/cluster.md).
+NPROC       ?= 1
+NODES       ?= 1
+LAUNCHER    ?=
+MASTER_ADDR ?=
+MASTER_PORT ?=
+NODE_RANK   ?=
+HOSTFILE    ?=
+LAUNCH_ARGS ?=
 
 BIN := .venv/bin
 PY  := $(BIN)/python
 export PYTHON  # setup_env.sh makes .venv with it, if given
 
-# One process needs no launcher; several on one machine find each other; several machines meet at MASTER_ADDR, in the
-# order of NODE_RANK (Slurm sets it) or, without it, in any.
-ifneq ($(NODES),1)
-  ifeq ($(MASTER_ADDR),)
-    $(error NODES=$(NODES) needs MASTER_ADDR, the name or address of one of the machines, the same on all of them)
-  endif
-  ifeq ($(NODE_RANK),)
-    MEETING := --rdzv_backend=c10d --rdzv_endpoint=$(MASTER_ADDR):$(MASTER_PORT) --rdzv_id=llmga
-  else
-    MEETING := --node_rank=$(NODE_RANK) --master_addr=$(MASTER_ADDR) --master_port=$(MASTER_PORT)
-  endif
-  LAUNCH := $(PY) -m torch.distributed.run --nnodes=$(NODES) --nproc_per_node=$(NPROC) $(MEETING)
-else ifneq ($(NPROC),1)
-  LAUNCH := $(PY) -m torch.distributed.run --standalone --nproc_per_node=$(NPROC)
-else
-  LAUNCH := $(PY)
-endif
+LAUNCH = -m llmga.nodes.launch --nodes=$(NODES) --nproc=$(NPROC) --launcher=$(LAUNCHER) --node-rank=$(NODE_RANK) \
+  --master-addr=$(MASTER_ADDR) --master-port=$(MASTER_PORT) --hostfile=$(HOSTFILE) --launch-args="$(LAUNCH_ARGS)" --python=$(PY)
+STAGE1 = scripts/train_stage1.py $(CONFIG) $(ARGS)
 
 # The toy data is built when a config reads it.
 TOY_DATA := data/toy/train.jsonl
@@ -39,6 +30,7 @@ help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s%s\n", $$1, $$2}' Makefile
 	@echo
 	@echo '  CONFIG=my.yaml NPROC=8 NODES=2 ARGS="optim.lr=1e-5 run.seed=1" change what is run'
+	@echo '  LAUNCHER=torchrun|deepspeed|slurm|python MASTER_ADDR=node0 change how; see docs/cluster.md'
 
 .PHONY: install
 install:  ## make .venv with the pinned packages (every command does it when needed)
@@ -50,7 +42,19 @@ $(TOY_DATA): | install  # data of the same settings and wording is left as it is
 
 .PHONY: stage1
 stage1: install $(NEEDS_DATA)  ## teach the MLLM to write generation prompts; toy scale by default
-	$(LAUNCH) scripts/train_stage1.py $(CONFIG) $(ARGS)
+	@$(PY) $(LAUNCH) $(STAGE1)
+
+.PHONY: launch-line
+launch-line:  ## print the line that `make stage1` starts, for a scheduler of your own
+	@$(or $(wildcard $(PY)),python3) $(LAUNCH) --dry-run $(STAGE1)
+
+.PHONY: preflight
+preflight: install  ## check the machines, packages, folders and network that a run would use
+	@$(PY) $(LAUNCH) -m llmga preflight $(CONFIG) $(ARGS)
+
+.PHONY: plan
+plan: install $(NEEDS_DATA)  ## tell what CONFIG will do, need and cost, without running it; ARGS="--devices 8 --card A100-80GB"
+	$(PY) -m llmga plan $(CONFIG) $(ARGS)
 
 .PHONY: preview
 preview: install $(NEEDS_DATA)  ## write a page of the examples that CONFIG trains on

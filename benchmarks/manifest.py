@@ -9,7 +9,6 @@ folder (about 2.5 GB; --work names another place) and are deleted; the result go
 import argparse
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from llmga.machine import machine_in_words
 from llmga.records import Record, open_manifest, write_manifest
 
 RESULT = Path(__file__).parent / "results" / "manifest.json"
@@ -106,23 +106,6 @@ def result_of(process: "subprocess.Popen[str]") -> dict[str, float]:
     return json.loads(output)
 
 
-def machine() -> str:
-    """The machine in plain words."""
-    cpu = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.machine(),
-    )
-    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return (
-        f"{os.cpu_count()} cores of {cpu}, {memory_gb:.0f} GB memory, {platform.system()}, "
-        f"Python {platform.python_version()}; files in the page cache"
-    )
-
-
 def compare(rows: int, work: Path) -> dict[str, object]:
     """Write the rows, then take every measurement."""
     lines, array = work / "rows.jsonl", work / "rows.json"
@@ -142,7 +125,7 @@ def compare(rows: int, work: Path) -> dict[str, object]:
     loaded = result_of(start_process("json_load", array))
     return {
         "command": "python benchmarks/manifest.py",
-        "machine": machine(),
+        "machine": machine_in_words(note="files in the page cache"),
         "rows": rows,
         "file_mb": round(lines.stat().st_size / 2**20),
         "write_rows_per_s": round(rows / wrote),

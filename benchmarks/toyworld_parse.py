@@ -10,7 +10,6 @@ import argparse
 import io
 import json
 import os
-import platform
 import resource
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
+from llmga.machine import machine_in_words
 from llmga.toyworld.parse import ParsedScene, parse, parse_batch
 from llmga.toyworld.render import render
 from llmga.toyworld.scene import ATTRIBUTES, PRESETS, SPLITS, Scene, sample_scene
@@ -134,16 +134,6 @@ def print_row(preset: str, name: str, row: dict) -> None:
     )
 
 
-def machine() -> str:
-    """The machine in plain words."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), platform.machine())
-    return (
-        f"one thread of {cpu} ({os.cpu_count()} cores, shared with other work; processor time is counted), "
-        f"{platform.system()}, Python {platform.python_version()}, NumPy {np.__version__}"
-    )
-
-
 def main() -> None:
     """Measure both presets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -155,7 +145,7 @@ def main() -> None:
     presets = {preset: measure(preset, args.scenes) for preset in PRESETS}
     result = {
         "command": f"python benchmarks/toyworld_parse.py --scenes {args.scenes}",
-        "machine": machine(),
+        "machine": machine_in_words("numpy", threads=1, note="processor time is counted"),
         "presets": presets,
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }

@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ from PIL import Image
 
 from llmga.cli import SHIPPED_MODELS, newest_model
 from llmga.config import EXIT_BAD_INPUT, EXIT_OK
-from llmga.files import written_aside
+from llmga.files import atomic_write
 from llmga.images import open_picture, picture_path
-from llmga.metrics.intervals import Interval, bootstrap_ratio
+from llmga.metrics.intervals import Interval, bootstrap_difference, bootstrap_ratio
 from llmga.records import Record, open_manifest
 from llmga.runtime import environment
 from llmga.stage1.conversation import Turn
+from llmga.stage1.instructions import Phrasing
 from llmga.stage1.tasks import Example, TaskSettings, build_example
 from llmga.tokens import clip_length, parse_reply
 from llmga.toyworld.edits import Edit
@@ -36,6 +37,7 @@ from llmga.toyworld.scene import Scene
 from llmga.toyworld.scores import PromptScore, score_description, score_edit, score_refinement
 
 CLIP_WINDOW = 77
+DRAWN_PX = 64  # the side of the toy world's pictures
 TASKS = ("similar_image", "inpainting", "outpainting", "prompt_refinement", "editing", "vqa", "qa")
 
 
@@ -66,15 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate and write the result folder; returns the exit code."""
     args = parse_arguments(arguments)
     try:
-        records = choose_records(args.data, args.rows, args.tasks)
-        settings = TaskSettings(picture_size=args.picture_size, phrasing=args.phrasing)
+        rows_of = dict.fromkeys(args.tasks, args.rows) | ({"vqa": args.vqa_rows} if "vqa" in args.tasks else {})
+        records = choose_records(args.data, rows_of)
+        settings = task_settings(args.model, args.picture_size, args.phrasing)
         items = list(build_items(records, args.data.parent, settings, args.seed))
         systems = {"tuned": args.model} | ({"base": args.base} if args.base else {})
         rows: list[dict[str, Any]] = []
         timing = {}
         for name, path in systems.items():
             started = time.monotonic()
-            replies = reply(path, items, args.max_new_tokens, args.batch_size)
+            replies = reply(path, items, settings, args.max_new_tokens, args.batch_size)
             timing[name] = round(time.monotonic() - started, 1)
             rows += [score_item(name, item, text) for item, text in zip(items, replies, strict=True)]
     except ValueError as error:
@@ -87,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "data": str(args.data),
             "records": len(records),
             "phrasing": args.phrasing,
+            "picture_size": settings.picture_size,
             "decoding": "greedy",
             "max_new_tokens": args.max_new_tokens,
             "seed": args.seed,
@@ -95,10 +99,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "systems": {name: str(path) for name, path in systems.items()},
         "seconds": timing,
         "metrics": summarise(rows),
+        "comparisons": compare(rows),
     }
     write_result(args.out, result, rows, items)
     print(f"tuned: {args.model}, base: {args.base}")
     print(table(result["metrics"]))
+    for comparison in result["comparisons"]:
+        print(show_comparison(comparison))
     print(f"{args.out / 'index.html'}")
     return EXIT_OK
 
@@ -111,10 +118,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-base", dest="base", action="store_const", const=None, help="leave the base out")
     parser.add_argument("--data", type=Path, default=Path("data/toy/test.jsonl"), help="manifest of held-out scenes")
     parser.add_argument("--out", type=Path, default=Path("runs/eval_language"))
-    parser.add_argument("--rows", type=int, default=200, help="records per task")
+    parser.add_argument("--rows", type=int, default=500, help="records per task")
+    parser.add_argument("--vqa-rows", type=int, default=600, help="records of VQA, each with one to eight questions")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--phrasing", choices=("train", "held_out"), default="train")
-    parser.add_argument("--picture-size", type=int, default=64)
+    parser.add_argument("--picture-size", type=int, help="pixels a side; else as the tuned MLLM was trained")
     parser.add_argument("--max-new-tokens", type=int, default=320)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
@@ -124,8 +132,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 # ---------------------------------------------------------------- what is asked
 
 
-def choose_records(path: Path, rows: int, tasks: Sequence[str]) -> list[Record]:
-    """The first `rows` records of each task.
+def choose_records(path: Path, rows: Mapping[str, int]) -> list[Record]:
+    """The first records of each task, as many as `rows` says, or all where there are fewer.
 
     Raises:
         ValueError: the manifest is missing, or holds none of a task.
@@ -134,9 +142,9 @@ def choose_records(path: Path, rows: int, tasks: Sequence[str]) -> list[Record]:
         raise ValueError(
             f"{path}: no such manifest; build one with: python data_tools/build_world.py --out {path.parent}"
         )
-    chosen: dict[str, list[Record]] = {task: [] for task in tasks}
+    chosen: dict[str, list[Record]] = {task: [] for task in rows}
     for record in open_manifest(path):
-        if len(chosen.get(record.task, ())) < rows and record.task in chosen:
+        if len(chosen.get(record.task, ())) < rows.get(record.task, 0):
             chosen[record.task].append(record)
     empty = [task for task, found in chosen.items() if not found]
     if empty:
@@ -157,13 +165,21 @@ def build_items(records: Sequence[Record], image_root: Path, settings: TaskSetti
                 yield Item(f"{record.id}/{position}", record, example, example.messages[:position], turn.content)
 
 
-def reply(path: Path, items: Sequence[Item], max_new_tokens: int, batch_size: int) -> list[str]:
+def task_settings(model: Path, picture_size: int | None, phrasing: Phrasing) -> TaskSettings:
+    """Pictures as the tuned MLLM was trained with them; where its folder does not say, as the world draws them."""
+    from llmga.stage1.model import read_picture_shape
+
+    trained_size, mode = read_picture_shape(model)
+    return TaskSettings(picture_size=picture_size or trained_size or DRAWN_PX, picture_mode=mode, phrasing=phrasing)
+
+
+def reply(path: Path, items: Sequence[Item], settings: TaskSettings, max_new_tokens: int, batch_size: int) -> list[str]:
     """Greedy replies of a model folder to all items."""
     from llmga.stage1.model import load_mllm
     from llmga.stage1.reply import Prompt, generate_replies
 
     prompts = [Prompt(item.turns, item.example.picture) for item in items]
-    return generate_replies(load_mllm(path), prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return generate_replies(load_mllm(path), prompts, max_new_tokens, batch_size, picture_size=settings.picture_size)
 
 
 # ---------------------------------------------------------------- how right it is
@@ -244,6 +260,38 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return metrics
 
 
+def compare(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tuned minus base where both answer the same questions and neither needs tags: paired, with 95 % intervals."""
+    comparisons = []
+    for task in ("vqa", "qa"):
+        right: dict[str, dict[str, int]] = {}
+        record_of: dict[str, str] = {}
+        for row in rows:
+            if row["task"] == task:
+                right.setdefault(row["system"], {})[row["id"]] = row["scores"]["exact_match"][0]
+                record_of[row["id"]] = row["record"]
+        if not {"tuned", "base"} <= right.keys():
+            continue
+        ids = list(right["tuned"])
+        tuned, base = ([right[system][id] for id in ids] for system in ("tuned", "base"))
+        found = bootstrap_difference(tuned, base, clusters=[record_of[id] for id in ids])
+        comparisons.append(
+            {
+                "task": task,
+                "name": "exact_match",
+                "a": "tuned",
+                "b": "base",
+                "difference": found.value,
+                "ci_low": found.low,
+                "ci_high": found.high,
+                "ci_method": found.method,
+                "questions": len(ids),
+                "n": found.n,
+            }
+        )
+    return comparisons
+
+
 # ---------------------------------------------------------------- what is written
 
 TABLE_ROWS = (
@@ -272,6 +320,15 @@ def show(metric: dict[str, Any]) -> str:
     if metric["name"] == "clip_tokens":
         return f"{metric['value']:.0f} [{metric['ci_low']:.0f}, {metric['ci_high']:.0f}]"
     return f"{100 * metric['value']:.1f} % [{100 * metric['ci_low']:.1f}, {100 * metric['ci_high']:.1f}]"
+
+
+def show_comparison(comparison: dict[str, Any]) -> str:
+    """A paired difference in words."""
+    points = [100 * comparison[key] for key in ("difference", "ci_low", "ci_high")]
+    return (
+        f"{comparison['task'].upper()} exact match, tuned minus base: {points[0]:+.1f} points "
+        f"[{points[1]:+.1f}, {points[2]:+.1f}], paired, {comparison['questions']} questions"
+    )
 
 
 def table_rows(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, int]]:
@@ -309,8 +366,7 @@ def write_result(out: Path, result: dict[str, Any], rows: Sequence[dict[str, Any
         if item.example.picture is not None:
             item.example.picture.save(out / "pictures" / f"{item.id.replace('/', '_')}.png")
     for name, text in texts.items():
-        with written_aside(out / name) as aside:
-            aside.write_text(text, encoding="utf-8")
+        atomic_write(out / name, text)
 
 
 if __name__ == "__main__":

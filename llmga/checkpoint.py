@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, checkpoints that prove they are complete, and which to resume from.
+"""Folders that are whole or absent: checkpoints that prove they are complete, and which of them to resume from.
 
 A checkpoint is the folder `checkpoint-<step>`. Its last file is `complete`, written when all others are on the disk;
 it lists them with their sizes, so a folder that a crash or a full disk cut short is told apart at a glance.
@@ -15,27 +15,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llmga.files import atomic_write
+
 MARKER = "complete"
 _PREFIX = "checkpoint-"
 _STEP = re.compile(re.escape(_PREFIX) + r"(\d+)")
 _HASHED_BYTES = 1 << 20  # files up to this size are verified by content, larger ones by size
 
 
-def atomic_write(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader, or a crash, meets the old content or the new one and nothing between."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
-        _fsync(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
-def write_folder_atomically(folder: Path) -> Iterator[Path]:
+def write_folder_atomically(folder: Path, durable: bool = True) -> Iterator[Path]:
     """Yield an empty folder to fill; it becomes `folder` when the block ends well, and vanishes when it does not.
 
+    Args:
+        durable: force every file to the disk first; False for many small files that are quickly made again.
     Raises:
         FileExistsError: `folder` is there already and not empty.
     """
@@ -49,9 +42,11 @@ def write_folder_atomically(folder: Path) -> Iterator[Path]:
         yield aside
         for path in _files(aside):
             path.chmod(aside.stat().st_mode & 0o666)  # safetensors writes for the owner alone, whatever the umask
-            _fsync(path)
+            if durable:
+                _fsync(path)
         os.replace(aside, folder)
-        _fsync(folder.parent)
+        if durable:
+            _fsync(folder.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise

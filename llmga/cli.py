@@ -1,15 +1,17 @@
 """Commands for people. Every heavy import waits until its command runs, so `--help` answers at once."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 SHIPPED_MODELS = Path(__file__).parent / "toyworld" / "checkpoints"
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/stage1/toy.yaml.")]
+Severity = Literal["error", "warning", "note"]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as optim.lr=1e-5.")
 ]
@@ -35,6 +37,30 @@ def stage1(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def preflight(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Check machine, packages, data, run folder and network for a run; `make preflight` starts it everywhere."""
+    with _one_clear_message():
+        from llmga.nodes.settings import load_config_together
+        from llmga.stage1.config import Stage1Config
+
+        settings = load_config_together(Stage1Config, config, overrides or ())
+        from llmga.nodes.meeting import MeetingError
+        from llmga.nodes.preflight import give_up, preflight
+        from llmga.runtime import barrier, close_distributed, ranks_from_environment, setup_logging
+
+        ranks = ranks_from_environment()
+        setup_logging(ranks)
+        try:
+            report = preflight(settings, ranks)
+        except MeetingError as error:
+            raise typer.Exit(give_up(error)) from None
+        for line in report:
+            typer.echo(line)
+        barrier()  # rank 0 holds what the others still read
+        close_distributed()
+
+
+@app.command()
 def preview(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -47,6 +73,71 @@ def preview(
 
         write_preview(settings, out)
         typer.echo(f"open {out}")
+
+
+@app.command()
+def check(
+    path: Annotated[Path, typer.Argument(help="Manifest, published file, or a folder of them.")],
+    format: Annotated[str, typer.Option(help="auto, manifest, llmga_t2i, llmga_sg, ..., llava, sharegpt.")] = "auto",
+    image_root: Annotated[Path | None, typer.Option(help="Folder that pictures count from; else the file's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the reports; else runs/check/NAME.")] = None,
+    fix: Annotated[Path | None, typer.Option(help="Cleaned manifest to write (a folder for several).")] = None,
+    drop: Annotated[list[str] | None, typer.Option(help="Code that --fix leaves out as well; repeatable.")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Code that is not reported; repeatable.")] = None,
+    fail_on: Annotated[Severity, typer.Option(help="Mildest severity that makes the exit code 1.")] = "error",
+    reference: Annotated[Path | None, typer.Option(help="Pictures that must not be trained on.")] = None,
+    archives: Annotated[Path | None, typer.Option(help="List of SHA-256 sums of the archives beside it.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="An LLM's tokenizer, to count its tokens too.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one per core.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Go on with an unfinished check of the same files.")] = True,
+    pictures: Annotated[bool, typer.Option(help="Open pictures; without, texts alone are checked.")] = True,
+    orphans: Annotated[bool, typer.Option(help="Look for pictures that no row uses.")] = True,
+    min_side: Annotated[int, typer.Option(min=1, help="Warn of pictures below so many pixels.")] = 64,
+    max_ratio: Annotated[float, typer.Option(min=1, help="Warn of sides that differ by more.")] = 5.0,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="Refuse larger pictures.")] = None,
+    mask_area: Annotated[tuple[float, float], typer.Option(help="Usual share of a mask.")] = (0.005, 0.95),
+    near: Annotated[int, typer.Option(help="Bits by which similar pictures may differ; 0: do not compare.")] = 10,
+    max_chunks: Annotated[int, typer.Option(min=1, help="Windows of 75 CLIP tokens of a prompt.")] = 4,
+    max_length: Annotated[int, typer.Option(min=1, help="LLM tokens of a row, for --tokenizer.")] = 2048,
+) -> None:
+    """Check data row by row and picture by picture. Exit code 0: clean, 1: problems found, 2: cannot check."""
+    with _one_clear_message():
+        from llmga.check.command import check_and_report
+        from llmga.check.settings import CheckSettings
+        from llmga.images import MAX_PIXELS
+
+        _log_to_stderr()
+        settings = CheckSettings(
+            path, format, image_root, out, workers, reference, archives, tokenizer, pictures, orphans,
+            tuple(ignore or ()), tuple(drop or ()), fail_on, fix, resume, min_side, max_ratio,
+            max_pixels or MAX_PIXELS, mask_area, near, max_chunks, max_length,
+        )  # fmt: skip
+        lines, failed = check_and_report(settings)
+        for line in lines:
+            typer.echo(line)
+        if failed:
+            raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    devices: Annotated[int, typer.Option(min=1, help="Devices that share the work.")] = 1,
+    card: Annotated[str | None, typer.Option(help="Which, such as A100-80GB; else the one of this machine.")] = None,
+    tokens_per_s: Annotated[float | None, typer.Option(min=1.0, help="Throughput of all devices, if known.")] = None,
+    like: Annotated[Path | None, typer.Option(help="Folder of a former run of this shape; its throughput.")] = None,
+    share_of_peak: Annotated[float | None, typer.Option(min=0.01, max=1.0, help="Of the card's bf16 peak.")] = None,
+    examples: Annotated[int | None, typer.Option(min=1, help="In the run, where its data are not here.")] = None,
+) -> None:
+    """Tell what a run will do, need and cost, and show its first batch, without running it."""
+    with _one_clear_message():
+        _quiet_libraries()
+        from llmga.stage1.plan.plan import Asked, make_plan
+        from llmga.stage1.plan.text import plan_text
+
+        asked = Asked(devices, card, tokens_per_s, like, share_of_peak, examples)
+        typer.echo(plan_text(make_plan(config, overrides or [], asked), colour=sys.stdout.isatty()), nl=False)
 
 
 @app.command("config")
@@ -105,6 +196,60 @@ def ask(
         typer.echo(reply)
 
 
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a LoRA adapter, such as final/ of a run.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make: a whole model, as plain transformers loads it.")],
+    base: Annotated[Path | None, typer.Option(help="The base model, if it is not where the adapter says.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else the base's own.")] = None,
+) -> None:
+    """Merge a LoRA adapter into its base model."""
+    with _one_clear_message():
+        _quiet_libraries()
+        import torch
+
+        from llmga.stage1.lora import merge_adapter
+
+        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, None: None}
+        if dtype not in dtypes:
+            raise typer.BadParameter(f"found {dtype}, expected float32, bfloat16 or float16", param_hint="--dtype")
+        difference = merge_adapter(adapter, out, base, dtypes[dtype])
+        typer.echo(f"wrote {out}; merged, no logit differs by more than {difference:.1g}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a checkpoint, or file of a projector.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make; .safetensors for a projector.")],
+    to: Annotated[str, typer.Option(help="hf: transformers' LLaVA. llava: the layout of the published code.")] = "hf",
+    system_prompt: Annotated[
+        Path | None, typer.Option(help="File with the system text the weights were trained with.")
+    ] = None,
+    vision_tower: Annotated[Path | None, typer.Option(help="Folder of the CLIP tower, if it is elsewhere.")] = None,
+    family: Annotated[str | None, typer.Option(help="Row of the family table, where SRC does not say.")] = None,
+    image_token: Annotated[str | None, typer.Option(help="Reserved token that stands for pictures.")] = None,
+    image_token_id: Annotated[int | None, typer.Option(help="Row that does, in a folder without tokenizer.")] = None,
+    no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Accept a folder without a tokenizer.")] = False,
+) -> None:
+    """Turn a released LLMGA or LLaVA checkpoint into a folder that plain transformers loads, or back."""
+    with _one_clear_message():
+        _quiet_libraries()
+        from llmga.stage1.convert import convert_checkpoint
+
+        report = convert_checkpoint(
+            source,
+            destination,
+            to,  # type: ignore[arg-type]  # checked there, with our own sentence
+            system_prompt=system_prompt,
+            vision_tower=vision_tower,
+            family=family,
+            image_token=image_token,
+            image_token_id=image_token_id,
+            needs_tokenizer=not no_tokenizer,
+        )
+        typer.echo(report)
+
+
 def newest_model() -> Path:
     """What `make stage1` made, else the shipped tuned model, else the shipped base model, which writes no tags."""
     candidates = (Path("runs/stage1_toy/final"), SHIPPED_MODELS / "tuned" / "mllm")
@@ -116,6 +261,13 @@ def _stage1_settings(config: Path, overrides: list[str] | None) -> Any:
     from llmga.stage1.config import Stage1Config
 
     return load_config(Stage1Config, config, overrides or ())
+
+
+def _log_to_stderr() -> None:
+    """What the library tells on the way, as it is; reports alone go to stdout."""
+    import logging
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
 
 
 def _quiet_libraries() -> None:

@@ -25,7 +25,7 @@ from pydantic_core import ErrorDetails
 
 from llmga.config_report import ConfigError, Key, Report, nearest_word, shown
 from llmga.config_source import apply_overrides, read_yaml
-from llmga.files import no_such_file, written_aside
+from llmga.files import atomic_write, no_such_file
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -89,6 +89,9 @@ class RunConfig:
     epochs: Annotated[float, Limits(gt=0)] | None = None  # passes over the data; 1 when neither is given
     batch_size: AtLeastOne = 4  # examples per device and forward pass
     accumulation_steps: AtLeastOne = 1  # forward passes per optimizer step
+    loss_average: Literal["token", "micro_batch"] = (
+        "token"  # over a step's trained tokens, or of means per forward pass
+    )
     precision: Literal["bf16", "fp32"] = "bf16"  # of the arithmetic; trained weights are kept in fp32
     gradient_checkpointing: bool = False  # less memory, about a third more time
     deepspeed: Path | None = None  # a DeepSpeed JSON file; "auto" values in it are filled from here
@@ -103,6 +106,8 @@ class RunConfig:
     record_sample_ids: bool = False  # write the sample ids of every step, to compare two runs
     compile: bool = False  # torch.compile
     threads: AtLeastOne | None = None  # CPU threads per process; None leaves torch's choice
+    preflight: Literal["stop", "warn", "skip"] = "stop"  # what a fault that several processes find at the start does
+    join_timeout_s: AtLeastOne = 300  # seconds that the processes wait for each other at the start
 
     def __post_init__(self) -> None:
         if self.max_steps is None and self.epochs is None:
@@ -184,9 +189,7 @@ def dump_config(config: Any) -> dict[str, Any]:
 
 def save_config(config: Any, path: Path) -> None:
     """Write all settings as YAML, aside and then renamed."""
-    text = yaml.safe_dump(dump_config(config), sort_keys=False, allow_unicode=True)
-    with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    atomic_write(path, yaml.safe_dump(dump_config(config), sort_keys=False, allow_unicode=True))
 
 
 def _section_type(hint: Any) -> type | None:

@@ -1,4 +1,8 @@
-"""Where settings come from: a YAML file that remembers its lines, and dotted overrides from the command line."""
+"""Where settings come from: a YAML file that remembers its lines, and dotted overrides from the command line.
+
+A file may begin where another one ends: `base: shared/llmga.yaml`, counted from its own folder, gives what the file
+itself does not say. Sections are merged key by key, lists and values replaced whole. One level: a base has no base.
+"""
 
 import re
 from collections.abc import Sequence
@@ -11,6 +15,7 @@ from llmga.config_report import ConfigError, Key, Report, dotted, shown
 from llmga.files import no_such_file
 
 COMMAND_LINE = "command line"
+BASE = "base"
 
 
 class _Loader(yaml.SafeLoader):
@@ -36,13 +41,63 @@ _Loader.add_constructor("!exponent", _exponent_number)
 
 
 def read_yaml(path: Path, report: Report) -> tuple[Any, dict[Key, str]]:
-    """Read a file.
+    """Read a file, and the one it names as its base.
 
     Returns:
-        Its content, and for every key the line it stands on. Keys that are given twice are added to the report.
+        Their content, and for every key the line it stands on, with the file's name where that is the base. Keys that
+        are given twice, and a base that cannot be one, are added to the report.
     Raises:
         ConfigError: there is no such file, it is not text, or it is not YAML (with the line).
     """
+    data, places = _read_one(path, report)
+    if not isinstance(data, dict) or BASE not in data:
+        return data, places
+    name = data.pop(BASE)
+    report.places = places
+    base = path.parent / name if isinstance(name, str) else None
+    if base is None or not base.is_file():
+        found = f"found {shown(name)}, expected a YAML file" if base is None else no_such_file(base)
+        report.add((BASE,), f"{found}; it counts from {path.parent}")
+        return data, places
+    given, base_places = _read_one(base, report)
+    if not isinstance(given, dict) or BASE in given:
+        what = "has a base of its own" if isinstance(given, dict) else f"holds {shown(given)}, expected sections"
+        report.add((BASE,), f"{base} {what}; one file may build on one other")
+        return data, places
+    kept = {
+        key: f"{place} of {base}"
+        for key, place in base_places.items()
+        if all(part not in places or _both_sections(given, data, part) for part in _outwards(key))
+    }
+    places.update({key: place for key, place in kept.items() if key not in places})
+    return _merged(given, data), places
+
+
+def _outwards(key: Key) -> list[Key]:
+    """The key and every section or list it is in."""
+    return [key[:length] for length in range(1, len(key) + 1)]
+
+
+def _both_sections(one: Any, other: Any, key: Key) -> bool:
+    """Whether a key holds a section in both."""
+    for part in key:
+        if not (isinstance(one, dict) and isinstance(other, dict)):
+            return False
+        one, other = one.get(part), other.get(part)
+    return isinstance(one, dict) and isinstance(other, dict)
+
+
+def _merged(base: dict[Any, Any], top: dict[Any, Any]) -> dict[Any, Any]:
+    """The base with everything of the top in it."""
+    merged = dict(base)
+    for name, value in top.items():
+        below = base.get(name)
+        merged[name] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _read_one(path: Path, report: Report) -> tuple[Any, dict[Key, str]]:
+    """One file as it stands."""
     if not path.is_file():
         raise ConfigError(str(path), [no_such_file(path)])
     try:

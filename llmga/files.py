@@ -49,6 +49,12 @@ def written_aside(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader, or a crash, meets the old content or the new one and nothing between."""
+    with written_aside(path) as aside:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 @contextmanager
 def one_builder(folder: Path) -> Iterator[None]:
     """Let one process at a time build files in `folder`, where the file system can lock; others wait here.

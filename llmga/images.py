@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
 from os import PathLike
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from llmga.masks import Mask, MaskKind
+from llmga.problem import Problem
 
 PictureMode = Literal["squash", "crop", "pad", "laion"]
 
@@ -36,12 +38,19 @@ _UPRIGHT = {
 
 
 class PictureError(ValueError):
-    """A picture cannot be used. `path` is the file, `reason` one sentence; survives pickling between workers."""
+    """A picture cannot be used; survives pickling between workers.
 
-    def __init__(self, path: str | PathLike[str], reason: str) -> None:
-        super().__init__(path, reason)
+    Attributes:
+        path: the file.
+        reason: one sentence.
+        code: what kind of problem it is, as in the table of `llmga.check.kinds`.
+    """
+
+    def __init__(self, path: str | PathLike[str], reason: str, code: str = "picture_damaged") -> None:
+        super().__init__(path, reason, code)
         self.path = Path(path)
         self.reason = reason
+        self.code = code
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
@@ -57,16 +66,18 @@ def picture_path(root: str | PathLike[str], name: str) -> Path:
         PictureError: the name is empty or leaves the root, be it by `..`, as an absolute path or through a link.
     """
     if not name or "\0" in name:
-        raise PictureError(Path(root), f"a record names the picture {name!r}; expected a path below this folder")
+        reason = f"a record names the picture {name!r}; expected a path below this folder"
+        raise PictureError(Path(root), reason, "picture_path")
     try:
         base = _resolved(str(root))
         path = (base / name).resolve()
     except (OSError, RuntimeError) as error:  # a loop of links, a name longer than the file system takes
-        raise PictureError(Path(root) / name, f"the path cannot be resolved ({error})") from error
+        raise PictureError(Path(root) / name, f"the path cannot be resolved ({error})", "picture_path") from error
     if not path.is_relative_to(base):
         raise PictureError(
             Path(root) / name,
             f"the picture lies at {path}, outside {base}; move it below, or set image_root to a folder that holds it",
+            "picture_outside",
         )
     return path
 
@@ -77,7 +88,9 @@ def _resolved(root: str) -> Path:
     return Path(root).resolve()
 
 
-def open_picture(path: str | PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_picture(
+    path: str | PathLike[str], max_pixels: int = MAX_PIXELS, look: Callable[[Image.Image], None] | None = None
+) -> Image.Image:
     """Read and fully decode a picture file as upright 8-bit RGB.
 
     The type is found by content, not by suffix. EXIF orientation is applied; transparent parts lie on white; 16-bit
@@ -87,6 +100,7 @@ def open_picture(path: str | PathLike[str], max_pixels: int = MAX_PIXELS) -> Ima
     Args:
         max_pixels: refuse larger pictures before decoding them. Above twice Pillow's `Image.MAX_IMAGE_PIXELS` that
             limit has to be raised as well.
+        look: is shown the decoded picture as the file stores it, before it is converted and turned upright.
     Raises:
         PictureError: missing, empty, not a picture, cut short, damaged, too large, or of an unknown value range.
     """
@@ -95,11 +109,12 @@ def open_picture(path: str | PathLike[str], max_pixels: int = MAX_PIXELS) -> Ima
         with warnings.catch_warnings():
             # Pillow warns of large pictures and of damaged EXIF; the first are judged here, the second do no harm.
             warnings.filterwarnings("ignore", module=r"PIL\.")
-            rgb, orientation = _decode(path, max_pixels)
+            rgb, orientation = _decode(path, max_pixels, look)
     except PictureError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error...
-        raise PictureError(path, _explain(path, error)) from error
+        problem = _explain(path, error)
+        raise PictureError(path, problem, problem.code) from error
     return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
 
 
@@ -138,18 +153,20 @@ def _name_kind(hole: np.ndarray) -> MaskKind:
     return "outpainting" if hole.any() and not kept.any() else "irregular"
 
 
-def _decode(path: Path, max_pixels: int) -> tuple[Image.Image, int]:
+def _decode(path: Path, max_pixels: int, look: Callable[[Image.Image], None] | None) -> tuple[Image.Image, int]:
     """8-bit RGB as stored, and its EXIF orientation."""
     with Image.open(path, formats=_FORMATS) as picture:
         width, height = picture.size
         if width * height > max_pixels:
             reason = f"{width} x {height} is more than {max_pixels:,} pixels; shrink it or raise the limit"
-            raise PictureError(path, reason)
+            raise PictureError(path, reason, "picture_too_large")
         picture.load()
-        return _convert_to_rgb(path, picture), _read_orientation(picture)
+        if look is not None:
+            look(picture)
+        return _convert_to_rgb(path, picture), read_orientation(picture)
 
 
-def _read_orientation(picture: Image.Image) -> int:
+def read_orientation(picture: Image.Image) -> int:
     """EXIF orientation, 1 (upright) when there is none or the EXIF block is damaged."""
     try:
         return int(picture.getexif().get(_EXIF_ORIENTATION, 1))
@@ -160,7 +177,8 @@ def _read_orientation(picture: Image.Image) -> int:
 def _convert_to_rgb(path: Path, picture: Image.Image) -> Image.Image:
     """8-bit RGB of a decoded picture of any mode."""
     if picture.mode == "F":
-        raise PictureError(path, "floating-point pixels have no fixed range; save it with 8 or 16 bits")
+        reason = "floating-point pixels have no fixed range; save it with 8 or 16 bits"
+        raise PictureError(path, reason, "picture_values")
     if picture.mode.startswith("I"):
         return _convert_deep_grey(path, picture)
     if picture.has_transparency_data:
@@ -171,31 +189,37 @@ def _convert_to_rgb(path: Path, picture: Image.Image) -> Image.Image:
 
 def _convert_deep_grey(path: Path, picture: Image.Image) -> Image.Image:
     """8-bit RGB of 16-bit grey: Pillow's own conversion would clip everything above 255 to white."""
-    grey = np.asarray(picture).astype(np.int64)
+    grey = np.asarray(picture)
     low, high = int(grey.min()), int(grey.max())
     if low < 0 or high > 65535:
-        raise PictureError(path, f"grey values run from {low} to {high}; expected 0 to 65535; save it with 16 bits")
-    return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+        reason = f"grey values run from {low} to {high}; expected 0 to 65535; save it with 16 bits"
+        raise PictureError(path, reason, "picture_values")
+    scaled = grey.astype(np.uint32)  # 65535 * 255 fits; in place, for the largest pictures take gigabytes otherwise
+    scaled *= 255
+    scaled += 32767
+    scaled //= 65535
+    return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
 
 
-def _explain(path: Path, error: Exception) -> str:
+def _explain(path: Path, error: Exception) -> Problem:
     """Why a file could not be read, in the reader's terms."""
     try:
         with path.open("rb") as file:
             head = file.read(16)
     except FileNotFoundError:
-        return "the file does not exist"
+        return Problem("picture_missing", "the file does not exist")
     except IsADirectoryError:
-        return "this is a folder, expected a picture file"
+        return Problem("picture_missing", "this is a folder, expected a picture file")
     except (OSError, ValueError) as cause:
-        return f"the file cannot be read ({cause})"
+        return Problem("picture_unreadable", f"the file cannot be read ({cause})")
     if not head:
-        return "the file is empty"
+        return Problem("picture_empty", "the file is empty")
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"not a picture in a known format; its first bytes are {head!r}"
+        return Problem("not_a_picture", f"not a picture in a known format; its first bytes are {head!r}")
     if isinstance(error, Image.DecompressionBombError):
-        return f"too many pixels for Pillow's own limit, PIL.Image.MAX_IMAGE_PIXELS ({error})"
-    return f"the picture is damaged or cut short ({error})"
+        reason = f"too many pixels for Pillow's own limit, PIL.Image.MAX_IMAGE_PIXELS ({error})"
+        return Problem("picture_too_large", reason)
+    return Problem("picture_damaged", f"the picture is damaged or cut short ({error})")
 
 
 # ---------------------------------------------------------------- shaping

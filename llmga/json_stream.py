@@ -19,7 +19,15 @@ _LONGEST_LITERAL = 12  # two escapes of a surrogate pair
 
 
 class StreamError(ValueError):
-    """A file that is not the JSON it should be; the message names the file, the row and the byte."""
+    """A file that is not the JSON it should be; the message names the file, the row and the byte.
+
+    Attributes:
+        code: what kind of problem it is, as in the table of `llmga.check.kinds`.
+    """
+
+    def __init__(self, message: str, code: str = "unreadable_file") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class StreamedRow(NamedTuple):
@@ -87,7 +95,9 @@ class _Reader:
                 if char == "]":
                     break
                 if char != ",":
-                    self.fail("expected ',' or ']' after a row" if char else "the file ends inside the array")
+                    if not char:
+                        self.fail("the file ends inside the array", "cut_short")
+                    self.fail("expected ',' or ']' after a row")
                 self.at += 1
         self.at += 1
         if self.peek():
@@ -137,7 +147,8 @@ class _Reader:
             position = self.file.tell() - len(problem.object) + problem.start
             raise StreamError(
                 f"{self.path}[{self.index}] or soon after: byte 0x{problem.object[problem.start]:02x} at position "
-                f"{position} is not UTF-8 ({problem.reason}); save the file as UTF-8"
+                f"{position} is not UTF-8 ({problem.reason}); save the file as UTF-8",
+                "not_utf8",
             ) from None
 
     def offset(self, at: int) -> int:
@@ -151,10 +162,10 @@ class _Reader:
         unfinished = problem.msg.startswith("Unterminated") or left < _LONGEST_LITERAL
         if self.ended and unfinished and (not left or not self.text.rstrip().endswith("]")):
             size = self.offset(len(self.text))
-            self.fail(f"the file ends at byte {size} in the middle of this row; fetch it again")
+            self.fail(f"the file ends at byte {size} in the middle of this row; fetch it again", "cut_short")
         near = self.text[max(self.at, problem.pos - 20) : problem.pos + 20].strip()
         self.fail(f"not valid JSON at byte {self.offset(problem.pos)} ({problem.msg}), near {near!r}")
 
-    def fail(self, reason: str) -> NoReturn:
+    def fail(self, reason: str, code: str = "not_json") -> NoReturn:
         """Raise an error at the row that is being read."""
-        raise StreamError(f"{self.path}[{self.index}] (byte {self.offset(self.at)}): {reason}") from None
+        raise StreamError(f"{self.path}[{self.index}] (byte {self.offset(self.at)}): {reason}", code) from None

@@ -74,6 +74,10 @@ def figures_line(figures: dict[str, Any]) -> str:
         parts.append(f"{memory:.2f} GB")
     if "eta_s" in figures:
         parts.append(f"{duration(figures['eta_s'])} left")
+    replaced = [key for key in figures if key.startswith("replaced_") and figures[key]]
+    if replaced:
+        counts = (f"{figures[key]} {key.removeprefix('replaced_').replace('_', ' ')}" for key in replaced)
+        parts.append(f"replaced: {', '.join(counts)}")
     return "  ".join(parts)
 
 

@@ -7,6 +7,7 @@ neither happens here: the picture is put in when the example is loaded, and only
 
 import json
 import logging
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -14,9 +15,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from llmga.files import built_from, cache_folder, no_such_file, path_key, written_aside
+from llmga.files import atomic_write, built_from, cache_folder, no_such_file, path_key
 from llmga.json_stream import stream_rows
-from llmga.published_rows import FORMATS, SkipRow, guess_formats
+from llmga.published_rows import FORMATS, Note, SkipRow, guess_formats
 from llmga.records import (
     Manifest,
     Record,
@@ -29,7 +30,7 @@ from llmga.records import (
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # raise it when a reader gives other records, so that cached manifests are made again
+_VERSION = 2  # raise it when a reader gives other records, so that cached manifests are made again
 _LOGGED_ROWS = 20
 _PATIENCE_ROWS = 1000  # after so many rows without one good one the format is taken to be wrong
 
@@ -78,8 +79,7 @@ class Report:
     def save(self, path: Path) -> None:
         """Write the report as JSON."""
         stored = {**vars(self), "path": str(self.path), "bad": [asdict(row) for row in self.bad]}
-        with written_aside(path) as aside:
-            aside.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        atomic_write(path, json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Report":
@@ -109,16 +109,13 @@ def read_published(path: Path, format: str, report: Report | None = None) -> Ite
 
 def _read(path: Path, format: str, given: Report | None) -> Iterator[Record]:
     report = given or Report(path, format)
-    convert = FORMATS[format]
     first: object = None
     for row, offset, value in stream_rows(path):
         first = value if report.rows == 0 else first
         report.rows += 1
         notes: list[str] = []
         try:
-            if not isinstance(value, dict):
-                raise SkipRow(f"a row must be an object, found {type(value).__name__}")
-            record = _record(format, row, value, convert(value, notes.append))
+            record = record_of(format, row, value, notes.append)
         except SkipRow as skip:
             report.bad.append(BadRow(row, offset, str(skip)))
             if given is None and len(report.bad) <= _LOGGED_ROWS:
@@ -198,7 +195,15 @@ class PublishedManifest(Manifest):
 
     def where(self, index: int) -> str:
         """The place of a row for messages: `FILE[ROW]` of the published file."""
-        return f"{self.origin}[{int(self[index].id.rsplit('-', 1)[1])}]"
+        return f"{self.origin}[{self._origin_row(index)}]"
+
+    def find_row(self, row: int) -> int | None:
+        """The index of the record that row `row` of the published file became; None where the reader skipped it."""
+        index = bisect_left(range(len(self)), row, key=self._origin_row)  # rows keep their order
+        return index if index < len(self) and self._origin_row(index) == row else None
+
+    def _origin_row(self, index: int) -> int:
+        return int(self[index].id.rsplit("-", 1)[1])
 
     def __reduce__(self) -> tuple[Callable[..., Manifest], tuple[Any, ...]]:
         return _reopen, (self.origin, self.path, self.image_root, self.state)
@@ -221,8 +226,21 @@ def _wrong_format(report: Report, first: object) -> PublishedError:
     )
 
 
-def _record(format: str, row: int, value: dict[str, Any], found: dict[str, Any]) -> Record:
-    """What every published row gets: an id of its own (published ones repeat), its source, and where it came from."""
+def record_of(format: str, row: int, value: object, note: Note) -> Record:
+    """The record that row `row` of a published file stands for.
+
+    It gets an id of its own (published ones repeat), its source, and where it came from.
+
+    Args:
+        format: one of `FORMATS`.
+        value: the decoded row.
+        note: is told what is changed or noticed in a good row.
+    Raises:
+        SkipRow: the row cannot become a record.
+    """
+    if not isinstance(value, dict):
+        raise SkipRow(f"a row must be an object, found {type(value).__name__}", "wrong_type")
+    found = FORMATS[format](value, note)
     folder = (found.get("image") or "").split("/")[0] if "/" in (found.get("image") or "") else ""
     meta = {"id": value["id"]} if isinstance(value.get("id"), str | int) else {}
     source = f"{format}/{folder}" if folder else format

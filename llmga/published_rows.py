@@ -13,7 +13,11 @@ Turns = list[tuple[str, str]]
 
 
 class SkipRow(Exception):
-    """Why a row cannot become a record."""
+    """Why a row cannot become a record; `code` as in the table of `llmga.check.kinds`."""
+
+    def __init__(self, reason: str, code: str) -> None:
+        super().__init__(reason)
+        self.code = code
 
 
 def guess_formats(row: dict[str, Any]) -> tuple[str, ...]:
@@ -56,7 +60,8 @@ def _editing(row: dict[str, Any], note: Note) -> dict[str, Any]:
     instruction = _text(row, "instruction")
     if PLACEHOLDER in instruction:
         if picture is None:
-            raise SkipRow(f"'instruction' has the placeholder {PLACEHOLDER!r}, but the row has no picture")
+            reason = f"'instruction' has the placeholder {PLACEHOLDER!r}, but the row has no picture"
+            raise SkipRow(reason, "placeholder_without_picture")
         instruction = instruction.replace(PLACEHOLDER, "").strip()
     elif picture is not None:
         note("picture without placeholder")
@@ -64,7 +69,7 @@ def _editing(row: dict[str, Any], note: Note) -> dict[str, Any]:
         instruction = instruction[:-1].rstrip()
         note("instruction: trailing comma removed")
     if not instruction:
-        raise SkipRow("'instruction' is empty")
+        raise SkipRow("'instruction' is empty", "empty_text")
     caption = _text(row, "ori_caption") if row.get("ori_caption") is not None or picture is None else None
     target = _target(row, "new_caption")
     return {
@@ -81,11 +86,14 @@ def _chat_with_picture(row: dict[str, Any], note: Note) -> dict[str, Any]:
     questions = [index for index, (role, text) in enumerate(_turns(row)) if role == "user" and PLACEHOLDER in text]
     if picture is None:
         if questions:
-            raise SkipRow(
-                f"conversations[{questions[0]}] has the placeholder {PLACEHOLDER!r}, but the row has no picture"
-            )
+            reason = f"conversations[{questions[0]}] has the placeholder {PLACEHOLDER!r}, but the row has no picture"
+            raise SkipRow(reason, "placeholder_without_picture")
         return {"task": "qa", "messages": _conversation(_turns(row), note)}
-    return {"task": "vqa", "image": picture, "messages": _conversation(_placed(_turns(row), note), note)}
+    return {
+        "task": "vqa",
+        "image": picture,
+        "messages": _conversation(_placed(_turns(row), note), note, has_picture=True),
+    }
 
 
 def _chat(row: dict[str, Any], note: Note) -> dict[str, Any]:
@@ -110,18 +118,18 @@ FORMATS: dict[str, Callable[[dict[str, Any], Note], dict[str, Any]]] = {
 def _text(row: dict[str, Any], name: str) -> str:
     """A text that must be there, without white space around it."""
     if (value := row.get(name)) is None:
-        raise SkipRow(f"{name!r} is missing")
+        raise SkipRow(f"{name!r} is missing", "missing_field")
     if not isinstance(value, str):
-        raise SkipRow(f"{name!r} must be text, found {type(value).__name__}")
+        raise SkipRow(f"{name!r} must be text, found {type(value).__name__}", "wrong_type")
     if not value.strip():
-        raise SkipRow(f"{name!r} is empty")
+        raise SkipRow(f"{name!r} is empty", "empty_text")
     return _whole(value.strip(), repr(name))
 
 
 def _target(row: dict[str, Any], name: str) -> str:
     """A text that is trained as an answer: it may hold neither tags nor placeholders."""
     if control := find_control(text := _text(row, name)):
-        raise SkipRow(f"{name!r} holds the control text {control!r}")
+        raise SkipRow(f"{name!r} holds the control text {control!r}", control.code)
     return text
 
 
@@ -130,7 +138,7 @@ def _whole(text: str, name: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise SkipRow(f"{name} holds half of a surrogate pair, which is not a character") from None
+        raise SkipRow(f"{name} holds half of a surrogate pair, which is not a character", "not_utf8") from None
     return text
 
 
@@ -140,7 +148,7 @@ def _picture(row: dict[str, Any], needed: bool = False) -> str | None:
         return None
     path = _text(row, "image").replace("\\", "/").removeprefix("./")
     if problem := path_problem(path):
-        raise SkipRow(f"'image' is {path!r}: {problem}")
+        raise SkipRow(f"'image' is {path!r}: {problem}", problem.code)
     return path
 
 
@@ -148,13 +156,16 @@ def _turns(row: dict[str, Any]) -> Turns:
     """The turns as (role, text), roles by our names."""
     turns = row.get("conversations")
     if not isinstance(turns, list):
-        raise SkipRow("'conversations' is missing" if turns is None else "'conversations' must be a list of turns")
+        if turns is None:
+            raise SkipRow("'conversations' is missing", "missing_field")
+        raise SkipRow("'conversations' must be a list of turns", "wrong_type")
     found = []
     for index, turn in enumerate(turns):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise SkipRow(f"conversations[{index}] must be an object with the texts 'from' and 'value'")
+            raise SkipRow(f"conversations[{index}] must be an object with the texts 'from' and 'value'", "wrong_type")
         if not (role := _ROLES.get(str(turn.get("from")))):
-            raise SkipRow(f"conversations[{index}].from is {turn.get('from')!r}, expected 'human' or 'gpt'")
+            reason = f"conversations[{index}].from is {turn.get('from')!r}, expected 'human' or 'gpt'"
+            raise SkipRow(reason, "broken_turns")
         found.append((role, _whole(turn["value"], f"conversations[{index}]")))
     return found
 
@@ -174,10 +185,13 @@ def _placed(turns: Turns, note: Note) -> Turns:
     ]
 
 
-def _conversation(turns: Turns, note: Note) -> tuple[Message, ...]:
-    """Questions and answers in alternation; what does not pair up at the ends is dropped and noted."""
+def _conversation(turns: Turns, note: Note, has_picture: bool = False) -> tuple[Message, ...]:
+    """Questions and answers in alternation; what does not pair up at the ends is dropped and noted.
+
+    The picture is shown with the first question, which may then be without words: it was nothing but a placeholder.
+    """
     if not turns:
-        raise SkipRow("the conversation is empty")
+        raise SkipRow("the conversation is empty", "empty_text")
     if turns[0][0] == "system":
         turns = turns[1:]
         note("system turn dropped")
@@ -185,21 +199,23 @@ def _conversation(turns: Turns, note: Note) -> tuple[Message, ...]:
         turns = turns[1:]
         note("first turn dropped: an answer without a question")
         if not turns:
-            raise SkipRow("the conversation has an answer and no question")
+            raise SkipRow("the conversation has an answer and no question", "broken_turns")
     if turns and turns[-1][0] == "user":
         turns = turns[:-1]
         note("last turn dropped: a question without an answer")
         if not turns:
-            raise SkipRow("the conversation has a question and no answer")
+            raise SkipRow("the conversation has a question and no answer", "broken_turns")
     for index, (role, _) in enumerate(turns):
         if role != ("user", "assistant")[index % 2]:
-            raise SkipRow(f"turns do not alternate: {role!r} comes where {('user', 'assistant')[index % 2]!r} should")
+            expected = ("user", "assistant")[index % 2]
+            raise SkipRow(f"turns do not alternate: {role!r} comes where {expected!r} should", "broken_turns")
     messages: list[Message] = []
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
-        if question[1].strip() and answer[1].strip():
+        shows_picture = has_picture and not messages
+        if (question[1].strip() or shows_picture) and answer[1].strip():
             messages += [{"role": role, "content": text} for role, text in (question, answer)]
         else:
             note("empty turn dropped with its partner")
     if not messages:
-        raise SkipRow("every turn of the conversation is empty")
+        raise SkipRow("every turn of the conversation is empty", "empty_text")
     return tuple(messages)

@@ -16,9 +16,10 @@ from typing import Any, NoReturn, TypedDict, overload
 
 from llmga import parquet_rows
 from llmga.files import HEAD_BYTES, built_from, cache_folder, no_such_file, path_key, what_it_is, written_aside
+from llmga.problem import Problem
 from llmga.row_index import file_state, line_number, row_offsets
 from llmga.strict_json import decode_line, encode_line
-from llmga.tokens import TAG_LITERALS
+from llmga.tokens import TAG_LITERALS, parse_reply
 
 TASKS = ("prompt_refinement", "similar_image", "inpainting", "outpainting", "editing", "vqa", "qa")
 ROLES = ("user", "assistant")
@@ -78,7 +79,15 @@ _KNOWN = frozenset(FIELDS)
 
 
 class RecordError(ValueError):
-    """A manifest, or a row of one, that cannot be read or written; the message names file and line."""
+    """A manifest, or a row of one, that cannot be read or written; the message names file and line.
+
+    Attributes:
+        code: what kind of problem it is, as in the table of `llmga.check.kinds`.
+    """
+
+    def __init__(self, message: str, code: str = "unreadable_file") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 # ---------------------------------------------------------------- one row
@@ -92,28 +101,32 @@ def record_from_row(row: object) -> Record:
             type. The message does not know the file; `Manifest` puts that in front.
     """
     if row.__class__ is not dict:
-        raise RecordError(f"a row must be a JSON object, found {_kind(row)}")
+        raise RecordError(f"a row must be a JSON object, found {_kind(row)}", "wrong_type")
     assert isinstance(row, dict)
     if not row.keys() <= _KNOWN:
         unknown = next(name for name in row if name not in _KNOWN)
         close = get_close_matches(str(unknown), FIELDS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(FIELDS)};"
-        raise RecordError(f"unknown field {unknown!r}; {hint} what else belongs to the row goes into 'meta'")
+        raise RecordError(
+            f"unknown field {unknown!r}; {hint} what else belongs to the row goes into 'meta'", "unknown_field"
+        )
     for name, value in row.items():
         if name in TEXT_FIELDS and value.__class__ is not str and value is not None:
-            raise RecordError(f"field {name!r} must be text, found {_kind(value)}")
+            raise RecordError(f"field {name!r} must be text, found {_kind(value)}", "wrong_type")
     task = row.get("task")
     if task not in TASKS:
         close = get_close_matches(task or "", TASKS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(TASKS)}"
-        raise RecordError(f"unknown task {task!r}; {hint}" if task else f"field 'task' is missing; {hint}")
+        if task:
+            raise RecordError(f"unknown task {task!r}; {hint}", "unknown_task")
+        raise RecordError(f"field 'task' is missing; {hint}", "missing_field")
     if not row.get("id"):
-        raise RecordError("field 'id' is missing or empty; give each row a text of its own")
+        raise RecordError("field 'id' is missing or empty; give each row a text of its own", "missing_field")
     if (messages := row.get("messages")) is not None:
         _check_messages(messages)
     if (meta := row.get("meta", _NO_META)).__class__ is not dict:
         if meta is not None:
-            raise RecordError(f"field 'meta' must be a JSON object, found {_kind(meta)}")
+            raise RecordError(f"field 'meta' must be a JSON object, found {_kind(meta)}", "wrong_type")
         row = {**row, "meta": {}}
     return Record(**row)
 
@@ -131,15 +144,17 @@ def row_of(record: Record) -> dict[str, Any]:
 
 def _check_messages(messages: object) -> None:
     if not isinstance(messages, list | tuple):
-        raise RecordError(f"field 'messages' must be a list of turns, found {_kind(messages)}")
+        raise RecordError(f"field 'messages' must be a list of turns, found {_kind(messages)}", "wrong_type")
     for turn, message in enumerate(messages):
         if not isinstance(message, dict) or message.keys() != {"role", "content"}:
             found = f"the keys {sorted(map(str, message))}" if isinstance(message, dict) else _kind(message)
-            raise RecordError(f"messages[{turn}] must hold exactly 'role' and 'content', found {found}")
+            raise RecordError(f"messages[{turn}] must hold exactly 'role' and 'content', found {found}", "wrong_type")
         if message["role"] not in ROLES:
-            raise RecordError(f"messages[{turn}].role is {message['role']!r}, expected 'user' or 'assistant'")
+            reason = f"messages[{turn}].role is {message['role']!r}, expected 'user' or 'assistant'"
+            raise RecordError(reason, "broken_turns")
         if not isinstance(message["content"], str):
-            raise RecordError(f"messages[{turn}].content must be text, found {_kind(message['content'])}")
+            reason = f"messages[{turn}].content must be text, found {_kind(message['content'])}"
+            raise RecordError(reason, "wrong_type")
 
 
 def _kind(value: object) -> str:
@@ -164,64 +179,78 @@ TARGET_FIELDS = ("caption", "target_caption", "prompt")
 _CONTROL = re.compile("|".join(map(re.escape, ("<image>", *TAG_LITERALS))))
 
 
-def check_record(record: Record) -> list[str]:
-    """What keeps a record from training its task, one sentence each; an empty list when it is fine.
+def check_record(record: Record) -> list[Problem]:
+    """What keeps a record from training its task, one sentence with its code each; an empty list when it is fine.
 
     Looks at the record alone: whether its picture opens is found out when it is loaded.
     """
     if record.task not in TASKS:
-        return [f"unknown task {record.task!r}, expected one of {', '.join(TASKS)}"]
+        return [Problem("unknown_task", f"unknown task {record.task!r}, expected one of {', '.join(TASKS)}")]
     problems = [
-        f"task {record.task!r} needs {name!r}, which is {'missing' if getattr(record, name) is None else 'empty'}"
+        Problem("missing_field", f"task {record.task!r} needs {name!r}, which is missing")
+        if getattr(record, name) is None
+        else Problem("empty_text", f"task {record.task!r} needs {name!r}, which is empty")
         for name in NEEDS[record.task]
         if not getattr(record, name)
     ]
     problems += [
-        f"{name!r} holds nothing but white space"
+        Problem("empty_text", f"{name!r} holds nothing but white space")
         for name in (*NEEDS[record.task], "mask")
         if isinstance(value := getattr(record, name), str) and value and not value.strip()
     ]
     if record.task == "editing" and not (record.image or record.caption):
-        problems.append("task 'editing' needs 'image', or 'caption' in its place; both are missing")
+        reason = "task 'editing' needs 'image', or 'caption' in its place; both are missing"
+        problems.append(Problem("missing_field", reason))
     if record.task == "qa" and record.image:
-        problems.append("task 'qa' is text only, yet 'image' is given; its task would be 'vqa'")
+        reason = "task 'qa' is text only, yet 'image' is given; its task would be 'vqa'"
+        problems.append(Problem("picture_not_used", reason))
     for name in TARGET_FIELDS:
         if control := find_control(getattr(record, name)):
-            problems.append(f"{name!r} is a training target and holds the control text {control!r}")
+            reason = f"{name!r} is a training target and holds the control text {control!r}"
+            problems.append(Problem(control.code, reason))
     for name in ("image", "mask"):
         if problem := path_problem(getattr(record, name)):
-            problems.append(f"{name!r} is {getattr(record, name)!r}: {problem}")
-    return problems + turn_problems(record.messages or ())
+            problems.append(Problem(problem.code, f"{name!r} is {getattr(record, name)!r}: {problem}"))
+    return problems + turn_problems(record.messages or (), has_picture=record.task == "vqa")
 
 
-def find_control(text: str | None) -> str | None:
+def find_control(text: str | None) -> Problem | None:
     """The first generation tag or picture placeholder in a text, or None."""
     found = _CONTROL.search(text) if text else None
-    return found[0] if found else None
+    if not text or not found:
+        return None
+    if found[0] == "<image>":
+        return Problem("placeholder_in_target", found[0])
+    return Problem("tag_in_target" if parse_reply(text).well_formed else "unbalanced_tags", found[0])
 
 
-def path_problem(path: str | None) -> str | None:
+def path_problem(path: str | None) -> Problem | None:
     """Why a path does not name a file below a picture folder; None when it does, or is not given."""
     if not path:
         return None
     if path.startswith("/") or re.match(r"[A-Za-z]:[\\/]|[a-z]+://", path):
-        return "expected a path relative to the picture folder"
+        return Problem("picture_path", "expected a path relative to the picture folder")
     if "\\" in path:
-        return "expected forward slashes"
-    return "it leaves the picture folder" if ".." in path.split("/") else None
+        return Problem("picture_path", "expected forward slashes")
+    return Problem("picture_outside", "it leaves the picture folder") if ".." in path.split("/") else None
 
 
-def turn_problems(messages: Sequence[Message]) -> list[str]:
-    """What keeps turns from being a conversation: a user asks first, roles alternate, an answer is last, no empties."""
+def turn_problems(messages: Sequence[Message], has_picture: bool = False) -> list[Problem]:
+    """What keeps turns from being a conversation: a user asks first, roles alternate, an answer is last, no empties.
+
+    Args:
+        has_picture: the first question shows one, and then needs no words.
+    """
     problems = []
     for turn, message in enumerate(messages):
         if message["role"] != ROLES[turn % 2]:
-            problems.append(f"messages[{turn}] is from {message['role']!r}, expected {ROLES[turn % 2]!r}")
+            reason = f"messages[{turn}] is from {message['role']!r}, expected {ROLES[turn % 2]!r}"
+            problems.append(Problem("broken_turns", reason))
             break
-        if not message["content"].strip():
-            problems.append(f"messages[{turn}] is empty")
+        if not message["content"].strip() and not (has_picture and turn == 0):
+            problems.append(Problem("empty_text", f"messages[{turn}] is empty"))
     if messages and messages[-1]["role"] != "assistant":
-        problems.append("the last question has no answer")
+        problems.append(Problem("broken_turns", "the last question has no answer"))
     return problems
 
 
@@ -281,6 +310,10 @@ class Manifest(Sequence[Record]):
     def __reduce__(self) -> tuple[Callable[..., "Manifest"], tuple[Path, Path, tuple[int, int]]]:
         return _reopen, (self.path, self.image_root, self.state)
 
+    def find_row(self, row: int) -> int | None:
+        """The index of the record that row `row` of the file became; None where it became none."""
+        return row if 0 <= row < self._length else None
+
     def where(self, index: int) -> str:
         """The place of a row for messages: `FILE:LINE`, or `FILE[ROW]` of a Parquet file."""
         return self._place(index)
@@ -294,20 +327,22 @@ class Manifest(Sequence[Record]):
         """Raise the error of one row with its place in the file."""
         if len(line) != end - start or file_state(self._handle) != self._rows_state:
             raise RecordError(f"{self.path} changed after it was opened; open it again") from None
-        place = self._place(row)
-        if isinstance(problem, json.JSONDecodeError):
-            near = problem.doc[max(0, problem.pos - 20) : problem.pos + 20].strip()
-            raise RecordError(
-                f"{place}: not valid JSON at column {problem.colno} ({problem.msg}), near {near!r}; "
-                "expected one complete JSON object per line"
-            ) from None
-        if isinstance(problem, UnicodeDecodeError):
-            raise RecordError(
-                f"{place}: byte 0x{line[problem.start]:02x} at position {start + problem.start} of the file "
-                f"(column {problem.start + 1}) is not UTF-8; save the file as UTF-8"
-            ) from None
-        reason = "values nested too deep to read" if isinstance(problem, RecursionError) else problem
-        raise RecordError(f"{place}: {reason}") from None
+        reason = row_problem(line, start, problem)
+        raise RecordError(f"{self._place(row)}: {reason}", reason.code) from None
+
+
+def row_problem(line: bytes, start: int, problem: Exception) -> Problem:
+    """What `decode_line` or `record_from_row` found wrong with the line that starts at byte `start` of a file."""
+    if isinstance(problem, json.JSONDecodeError):
+        near = problem.doc[max(0, problem.pos - 20) : problem.pos + 20].strip()
+        reason = f"not valid JSON at column {problem.colno} ({problem.msg}), near {near!r}"
+        return Problem("not_json", f"{reason}; expected one complete JSON object per line")
+    if isinstance(problem, UnicodeDecodeError):
+        reason = f"byte 0x{line[problem.start]:02x} at position {start + problem.start} of the file"
+        return Problem("not_utf8", f"{reason} (column {problem.start + 1}) is not UTF-8; save the file as UTF-8")
+    if isinstance(problem, RecursionError):
+        return Problem("not_json", "values nested too deep to read")
+    return Problem(getattr(problem, "code", "not_json"), str(problem))
 
 
 def open_manifest(path: Path, image_root: Path | None = None) -> Manifest:

@@ -14,7 +14,6 @@ from typing import Any
 import yaml
 
 from llmga.checkpoint import (
-    atomic_write,
     checkpoint_step,
     is_disk_full,
     latest_checkpoint,
@@ -23,13 +22,23 @@ from llmga.checkpoint import (
     sha256,
 )
 from llmga.config import dump_config, save_config
+from llmga.files import atomic_write
 from llmga.runtime import MetricsLog, RunFailed, environment
 
 _FULL_BYTES = 1 << 16  # free on a disk that is full; some errors do not say why nothing more could be written
 logger = logging.getLogger(__name__)
 
 # Settings that may change from one start to the next without the result changing.
-_HARMLESS = ("run.resume", "run.threads", "run.num_workers", "run.keep_last", "run.trackers", "run.record_sample_ids")
+_HARMLESS = (
+    "run.resume",
+    "run.threads",
+    "run.num_workers",
+    "run.keep_last",
+    "run.trackers",
+    "run.record_sample_ids",
+    "run.preflight",
+    "run.join_timeout_s",
+)
 
 
 class ResumeError(ValueError):

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -28,7 +29,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from llmga.checkpoint import atomic_write
+from llmga.files import atomic_write
+from llmga.slurm import meeting_place
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -59,15 +61,20 @@ class Ranks:
         return self.rank == 0
 
 
-def init_distributed(with_deepspeed: bool = False) -> Ranks:
+def init_distributed(with_deepspeed: bool = False, store: dist.Store | None = None) -> Ranks:
     """Join the other processes that torchrun, deepspeed or srun started; without them, be the only one.
 
     Must come before the model is built: under ZeRO-3 a model built earlier takes the world to have one process.
     Without a GPU, DeepSpeed is told to use the CPU and the processes talk through gloo.
+
+    Args:
+        store: where the processes have met already; without it they meet at MASTER_ADDR.
+    Raises:
+        RuntimeSetupError: this machine shows fewer GPUs than processes were started on it.
     """
-    ranks = _ranks_from_environment()
+    ranks = ranks_from_environment()
     if torch.cuda.is_available():
-        torch.cuda.set_device(ranks.local_rank)
+        torch.cuda.set_device(device_index(ranks, torch.cuda.device_count()))
     # A lone process that sees several GPUs would make the Trainer split each batch over them (DataParallel).
     spare_gpus = ranks.world_size == 1 and torch.cuda.device_count() > 1
     if dist.is_initialized() or (ranks.world_size == 1 and not with_deepspeed and not spare_gpus):
@@ -78,7 +85,11 @@ def init_distributed(with_deepspeed: bool = False) -> Ranks:
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
         os.environ.update({key: str(value) for key, value in alone.items()})
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if with_deepspeed:
+    if store is not None:
+        dist.init_process_group(
+            backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=_COLLECTIVE_TIMEOUT
+        )
+    if with_deepspeed:  # takes a group that is there already
         import deepspeed
 
         # On a CPU it would compile a shared-memory collective first: that needs g++, takes a minute, and a build that
@@ -86,7 +97,7 @@ def init_distributed(with_deepspeed: bool = False) -> Ranks:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=_COLLECTIVE_TIMEOUT)
-    else:
+    elif store is None:
         dist.init_process_group(backend, timeout=_COLLECTIVE_TIMEOUT)
     return ranks
 
@@ -97,13 +108,58 @@ def close_distributed() -> None:
         dist.destroy_process_group()
 
 
-def _ranks_from_environment() -> Ranks:
+def device_index(ranks: Ranks, visible: int) -> int:
+    """Which of the visible GPUs is this process's: the one of its number on this machine.
+
+    Raises:
+        RuntimeSetupError: there are not so many.
+    """
+    if ranks.local_rank >= visible:
+        raise RuntimeSetupError(
+            f"rank {ranks.rank} on {platform.node()} is process {ranks.local_rank + 1} of this machine, which shows "
+            f"{visible} GPUs; start at most NPROC={visible} here, or let every process see all GPUs of its machine"
+        )
+    return ranks.local_rank
+
+
+def zero3_is_on() -> bool:
+    """Whether models that are built now are spread over the ranks by ZeRO-3, as one of this process already may be."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    return bool(is_deepspeed_zero3_enabled())
+
+
+@contextmanager
+def without_zero3() -> Iterator[None]:
+    """Let one rank build, save and load whole models while a ZeRO-3 run is alive.
+
+    transformers does all three on all ranks together then, and hangs where one does them alone.
+    """
+    if not zero3_is_on():
+        yield
+        return
+    from transformers.integrations import deepspeed as transformers_deepspeed
+
+    reference = transformers_deepspeed._hf_deepspeed_config_weak_ref
+    transformers_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        transformers_deepspeed._hf_deepspeed_config_weak_ref = reference
+
+
+def ranks_from_environment() -> Ranks:
     """RANK, LOCAL_RANK and WORLD_SIZE as torchrun and deepspeed set them, else as srun does."""
     env = os.environ
-    if "RANK" not in env and env.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "MASTER_ADDR" in env:
+    if "RANK" not in env and env.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         slurm = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
-        env.update({name: env[source] for name, source in slurm.items()})
+        place = {"MASTER_PORT": "29500"} | meeting_place(env) | {k: env[k] for k in _PLACE if env.get(k)}
+        if "MASTER_ADDR" in place:
+            env.update({name: env[source] for name, source in slurm.items()} | place)
     return Ranks(int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0)), int(env.get("WORLD_SIZE", 1)))
+
+
+_PLACE = ("MASTER_ADDR", "MASTER_PORT")
 
 
 def _free_port() -> int:
@@ -342,7 +398,7 @@ def environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "world_size": _ranks_from_environment().world_size,
+        "world_size": ranks_from_environment().world_size,
     }
 
 

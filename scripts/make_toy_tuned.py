@@ -17,7 +17,7 @@ from make_toy_base import ship
 from llmga.config import load_config_or_exit
 
 CORPUS = Path("runs/toy_tuned/data")
-CORPUS_ROWS = 40_000
+CORPUS_ROWS = {"train": 80_000, "validation": 1_000}
 SHIPPED = Path("llmga/toyworld/checkpoints/tuned/mllm")
 
 
@@ -26,7 +26,7 @@ def main(overrides: list[str]) -> None:
     from llmga.stage1.config import Stage1Config
     from llmga.toyworld.build import build_world
 
-    build_world(CORPUS, rows=CORPUS_ROWS, seed=1, kind="stage1")
+    build_world(CORPUS, splits=CORPUS_ROWS, seed=1, kind="stage1")
     config = load_config_or_exit(Stage1Config, Path("configs/stage1/toy_tuned.yaml"), overrides)
     from llmga.stage1.train import train
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from llmga.checkpoint import atomic_write
+from llmga.files import atomic_write
 from llmga.runtime import tracker_names
 from llmga.stage1.config import Stage1Config
 
@@ -85,7 +85,7 @@ def deepspeed_settings(path: Path) -> dict[str, Any]:
     """Read a DeepSpeed file and add what it must not leave to DeepSpeed's defaults.
 
     A file silent on clipping clips at 1.0 whatever `optim.max_grad_norm` says, and without gathering there would be no
-    model to save.
+    model to save. Two switches that would let a gradient that is not finite reach the weights are taken out.
     """
     settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
@@ -93,6 +93,8 @@ def deepspeed_settings(path: Path) -> dict[str, Any]:
     settings.setdefault("gradient_clipping", "auto")
     settings.setdefault("bf16", {}).setdefault("enabled", "auto")
     settings.setdefault("zero_optimization", {})["stage3_gather_16bit_weights_on_model_save"] = True
+    settings["zero_optimization"].pop("compute_grad_norm", None)
+    settings["bf16"].pop("check_grad_overflow", None)
     return settings
 
 

@@ -4,18 +4,17 @@ Order matters: the Trainer calls callbacks as `train` lists them, `Figures` firs
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llmga.checkpoint import checkpoint_path, keep_last, mark_complete
 from llmga.progress import RunProgress
 from llmga.runtime import MetricsLog, Ranks, StopSignal, barrier, memory_gb, on_main
-from llmga.stage1.data import BadSampleBudget
-from llmga.stage1.watch import BatchWatch, NonFiniteLossError
+from llmga.stage1.bad_samples import KINDS, BadSampleBudget
+from llmga.stage1.watch import BatchWatch
 
 TOKEN_LOSS = "token_loss"
 
@@ -29,15 +28,22 @@ class Figures(TrainerCallback):
         progress: the bar or the lines.
         ranks: rank 0 writes.
         samples_per_epoch: rows of all sources together.
+        replaced: how many examples were replaced up to a step, by kind.
     Attributes:
         totals: samples, tokens and trained tokens since the run began, over all ranks and restarts.
     """
 
     def __init__(
-        self, log: MetricsLog, watch: BatchWatch, progress: RunProgress, ranks: Ranks, samples_per_epoch: int
+        self,
+        log: MetricsLog,
+        watch: BatchWatch,
+        progress: RunProgress,
+        ranks: Ranks,
+        samples_per_epoch: int,
+        replaced: Callable[[int], Mapping[str, int]],
     ) -> None:
         self.log, self.watch, self.progress, self.ranks = log, watch, progress, ranks
-        self.samples_per_epoch = samples_per_epoch
+        self.samples_per_epoch, self.replaced = samples_per_epoch, replaced
         self.totals = {"samples": 0, "tokens": 0, "trained_tokens": 0}
         self._new = dict.fromkeys(self.totals, 0)
         self._mark = self._busy = self._all_busy = 0.0  # seconds; busy: training, without saving and evaluating
@@ -101,14 +107,11 @@ class Figures(TrainerCallback):
         logs["epoch"] = round(self.totals["samples"] / max(self.samples_per_epoch, 1), 6)
         logs["eta_s"] = round(per_step * (state.max_steps - state.global_step), 1)
         logs.update(memory_gb())
+        if self.ranks.is_main:
+            replaced = self.replaced(state.global_step)
+            logs.update({f"replaced_{kind}": replaced[kind] for kind in KINDS})
         self._new = dict.fromkeys(self.totals, 0)
         self._busy = 0.0
-        norm = logs.get("grad_norm")
-        if norm is not None and not torch.tensor(norm).isfinite():  # only DeepSpeed comes so far, see BatchWatch
-            raise NonFiniteLossError(
-                f"step {state.global_step}: the gradient norm is {norm}; nothing was saved since. "
-                "Lower optim.lr or raise optim.warmup, and run again: it goes on from the last checkpoint"
-            )
 
 
 def keep_token_loss(logs: dict[str, float]) -> bool:
@@ -165,7 +168,7 @@ class CompleteCheckpoints(TrainerCallback):
 
 
 class BadSamples(TrainerCallback):
-    """Ends the run when too many of its pictures could not be read.
+    """Counts the examples that were replaced, and ends the run when too many of its pictures could not be read.
 
     Args:
         budget: what is too many.
@@ -174,6 +177,10 @@ class BadSamples(TrainerCallback):
 
     def __init__(self, budget: BadSampleBudget, examples_per_step: int) -> None:
         self.budget, self.examples_per_step = budget, examples_per_step
+
+    def counts(self, step: int) -> Mapping[str, int]:
+        """Replaced examples up to a step, by kind."""
+        return self.budget.counts(step * self.examples_per_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_log or control.should_save:

@@ -58,6 +58,11 @@ class Encoded:
     labels: list[int]
 
 
+def marks_answers(template: str | None) -> bool:
+    """Whether a chat template has `{% generation %}` spans."""
+    return bool(_GENERATION_MARK.search(str(template)))
+
+
 def encode_conversation(
     tokenizer: "PreTrainedTokenizerBase",
     turns: Sequence[Turn],
@@ -83,7 +88,7 @@ def encode_conversation(
     kept = _answered(_from_first_question(turns, where), where)
     if not kept or kept[-1].role != "assistant":
         raise ConversationError(f"{where}no question has an answer, so no token would be trained; remove the record")
-    if not _GENERATION_MARK.search(str(tokenizer.chat_template)):
+    if not marks_answers(tokenizer.chat_template):
         raise ConversationError(
             "the tokenizer's chat template marks no answer with {% generation %} ... {% endgeneration %}, so what to "
             "train is unknown; give it a template that does (llmga.stage1.conversation.TOY_CHAT_TEMPLATE shows how)"

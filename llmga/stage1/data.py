@@ -3,14 +3,11 @@
     Stage1Dataset   index -> (source, row, epoch) -> record -> conversation -> input_ids, labels, pixel_values
     Collator        examples -> one padded batch
 
-What cannot be used is replaced by another row of its source, chosen by the seed, and written to `bad_samples.jsonl`;
-`BadSampleBudget` ends a run that had to replace too many. Nothing is ever cut.
+What cannot be used is replaced by another row of its source, chosen by the seed, and written down, see
+`llmga.stage1.bad_samples`. Nothing is ever cut.
 """
 
-import json
 import math
-import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,27 +20,21 @@ from torch.utils.data import Dataset
 
 from llmga.images import PictureError, open_picture, picture_path
 from llmga.records import Record
-from llmga.runtime import RunFailed
+from llmga.stage1.bad_samples import TRAIN, Kind, write_down
 from llmga.stage1.config import Stage1Config
 from llmga.stage1.conversation import Encoded, encode_conversation
 from llmga.stage1.mixture import Mixture, rows_per_epoch
-from llmga.stage1.pixels import PixelEncoder
+from llmga.stage1.pixels import PixelEncoder, num_image_tokens
 from llmga.stage1.sources import Source, open_sources
 from llmga.stage1.tasks import Example, TaskSettings, build_example
 from llmga.tokens import IGNORE_INDEX, TAGS
 
-TRAIN = "train"  # the set whose bad samples count against data.max_bad_share
-BAD_SAMPLES_FILE = "bad_samples.jsonl"
 MAX_NEIGHBOURS = 10  # rows tried in place of one that cannot be used; all bad by chance: never, by a wrong path: always
 VALIDATION_SEED = 0  # not the run's: held-out losses of all runs are about the same examples
 
 
 class SampleError(ValueError):
     """A row that cannot be trained on; the message names file, row and record."""
-
-
-class TooManyBadSamples(RunFailed):
-    """More examples had an unreadable picture than `data.max_bad_share` allows."""
 
 
 # ---------------------------------------------------------------- examples
@@ -73,7 +64,7 @@ class Sample:
 class _Unusable(Exception):
     """Why a row is replaced by another one."""
 
-    def __init__(self, kind: Literal["picture", "too_long"], reason: str, picture: str | None = None) -> None:
+    def __init__(self, kind: Kind, reason: str, picture: str | None = None) -> None:
         super().__init__(reason)
         self.kind, self.picture = kind, picture
 
@@ -122,7 +113,7 @@ class Stage1Dataset(Dataset[dict[str, Any]]):
         return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """input_ids and labels (lists of int), pixel_values ((3, H, W) float32 or None), sample_id (the index).
+        """input_ids, labels (lists of int), pixel_values ((3, H, W) float32 or None), sample_id (the index), held_out.
 
         Raises:
             SampleError: see `sample`.
@@ -133,6 +124,7 @@ class Stage1Dataset(Dataset[dict[str, Any]]):
             "labels": sample.encoded.labels,
             "pixel_values": sample.pixel_values,
             "sample_id": index,
+            "held_out": self.name != TRAIN,
         }
 
     def sample(self, index: int) -> Sample:
@@ -202,19 +194,7 @@ class Stage1Dataset(Dataset[dict[str, Any]]):
             "picture": problem.picture,
             "reason": str(problem),
         }
-        # One write to a file opened for appending: lines of all workers and ranks stay whole.
-        handle = os.open(self.bad_samples_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "surrogateescape"))
-        finally:
-            os.close(handle)
-
-
-def num_image_tokens(processor: Any, pixel_shape: tuple[int, int, int]) -> int:
-    """How many placeholders a `LlavaProcessor` writes for one picture: its patches, plus CLS where that is kept."""
-    patches = (pixel_shape[1] // processor.patch_size) * (pixel_shape[2] // processor.patch_size)
-    without_cls = processor.vision_feature_select_strategy == "default"
-    return patches + processor.num_additional_image_tokens - int(without_cls)
+        write_down(self.bad_samples_path, entry)
 
 
 def build_datasets(
@@ -226,8 +206,8 @@ def build_datasets(
         cfg: of the run.
         processor: a `LlavaProcessor`, its image processor with the PIL backend.
         total: examples in the whole run; None for `run.epochs` times the rows of all sources that are drawn from.
-        bad_samples_path: where rows are written down that had to be replaced, usually `BAD_SAMPLES_FILE` in the run
-            folder; held-out sets write there too, under their own names.
+        bad_samples_path: where rows are written down that had to be replaced, `BAD_SAMPLES_FILE` in the run folder;
+            held-out sets write there too, under their own names.
     Returns:
         The training set in the order of its `Mixture` (`.order`), and per entry of `data.validation` a set that is the
         same in all runs: its rows in order, each once.
@@ -252,56 +232,6 @@ def build_datasets(
         source.name: build(f"validation {source.name}", [source], order, VALIDATION_SEED)
         for source, order in zip(held_out, in_order, strict=True)
     }
-
-
-# ---------------------------------------------------------------- what could not be used
-
-
-class BadSampleBudget:
-    """Watches `bad_samples.jsonl` and ends a run that replaces more pictures than it may.
-
-    Args:
-        path: the file; it may not exist yet.
-        max_share: of the examples seen so far. One bad picture is always free: in a short run it says nothing.
-    """
-
-    def __init__(self, path: Path, max_share: float) -> None:
-        self.path, self.max_share = Path(path), max_share
-        self._read = 0  # bytes
-        self._entries: dict[int, dict[str, Any]] = {}  # by index: a resumed run meets and logs its bad rows again
-
-    def check(self, seen: int) -> None:
-        """Raise when too many of the first `seen` examples of the run had an unreadable picture.
-
-        Raises:
-            TooManyBadSamples: names the file, the counts, the first bad picture and the setting.
-        """
-        bad = [entry for entry in self.replaced(seen) if entry["kind"] == "picture"]
-        if len(bad) <= max(1, self.max_share * seen):
-            return
-        first = bad[0]
-        raise TooManyBadSamples(
-            f"{len(bad)} of the first {seen} examples had a picture that cannot be read, more than data.max_bad_share "
-            f"= {self.max_share:g} allows; {self.path} names them all, the first is {first['picture']} "
-            f"({first['path']} row {first['row']}): {first['reason']}. Mend or remove them, or raise data.max_bad_share"
-        )
-
-    def counts(self, seen: int) -> Counter[str]:
-        """How many of the first `seen` examples were replaced, by kind: "picture", "too_long"."""
-        return Counter(entry["kind"] for entry in self.replaced(seen))
-
-    def replaced(self, seen: int) -> list[dict[str, Any]]:
-        """One entry per replaced example among the first `seen`; workers run ahead and have logged later ones."""
-        if self.path.exists():
-            with open(self.path, "rb") as file:
-                file.seek(self._read)
-                whole_lines, newline, _ = file.read().rpartition(b"\n")
-            self._read += len(whole_lines) + len(newline)
-            for line in whole_lines.splitlines():
-                entry = json.loads(line)
-                if entry["set"] == TRAIN and (entry["kind"] == "picture" or entry["index"] not in self._entries):
-                    self._entries[entry["index"]] = entry
-        return [entry for index, entry in self._entries.items() if index < seen]
 
 
 # ---------------------------------------------------------------- batches
@@ -343,11 +273,7 @@ class Collator:
             input_ids, labels, attention_mask: (B, L) int64, padded on the right.
             pixel_values: (N, 3, H, W) float32, pictures in the order of their placeholders, N at least 1.
         """
-        pictures = [example["pixel_values"] for example in examples if example["pixel_values"] is not None]
-        for example in examples:
-            expected = 0 if example["pixel_values"] is None else self.num_image_tokens
-            found = example["input_ids"].count(self.image_token_id)
-            assert found == expected, f"sample {example['sample_id']}: {found} picture tokens, expected {expected}"
+        pictures = self.pictures(examples)
         lengths = np.array([len(example["input_ids"]) for example in examples])
         room = np.zeros_like(lengths)  # for the block of a picture that is not there
         if not pictures:
@@ -367,3 +293,11 @@ class Collator:
             "pixel_values": np.stack(pictures),
         }
         return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def pictures(self, examples: Sequence[dict[str, Any]]) -> list[np.ndarray]:
+        """Pixel values of the examples that have a picture, each checked to have its placeholders."""
+        for example in examples:
+            expected = 0 if example["pixel_values"] is None else self.num_image_tokens
+            found = example["input_ids"].count(self.image_token_id)
+            assert found == expected, f"sample {example['sample_id']}: {found} picture tokens, expected {expected}"
+        return [example["pixel_values"] for example in examples if example["pixel_values"] is not None]

@@ -18,12 +18,15 @@ def token_losses(logits: Any, labels: Tensor) -> Tensor:
     """Reduce a batch's logits to what the mean needs, ahead of gathering them (`preprocess_logits_for_metrics`).
 
     Args:
-        logits: (B, L, V), or the model's outputs with these first.
+        logits: (B, L, V), or what `cross_entropy.LossHead` gives in their place, which is the answer; or the model's
+            outputs with these first.
         labels: (B, L) int64.
     Returns:
         (B, 2) float64: sum of the token losses of each example, and how many tokens there were.
     """
     logits = logits[0] if isinstance(logits, tuple) else logits
+    if logits.dim() == 2:
+        return logits
     rows = []
     for row, targets in zip(logits[:, :-1], labels[:, 1:], strict=True):  # position i predicts token i + 1
         trained = targets != IGNORE_INDEX

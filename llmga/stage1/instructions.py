@@ -30,11 +30,6 @@ def instruction_list(name: str, language: str = "en", phrasing: Phrasing = "trai
     return lists[language][name][phrasing]
 
 
-def instruction_names(language: str = "en") -> tuple[str, ...]:
-    """The names of all lists of a language."""
-    return tuple(_read_instructions()[language])
-
-
 @cache
 def _read_instructions() -> dict[str, dict[str, dict[str, tuple[str, ...]]]]:
     """Language -> list -> phrasing -> instructions."""

@@ -6,8 +6,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,18 +16,29 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
-    AddedToken,
     AutoConfig,
     AutoImageProcessor,
     AutoProcessor,
+    BitsAndBytesConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
-from transformers.integrations import deepspeed as transformers_deepspeed
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llmga.checkpoint import write_folder_atomically
+from llmga.images import PictureMode
+from llmga.runtime import without_zero3
+from llmga.stage1.added_tokens import add_tag_tokens
+from llmga.stage1.model_checks import (
+    ModelError,
+    check_picture_tokens,
+    check_placeholder,
+    explaining_attention,
+    quiet_loading,
+    refuse_misfit,
+)
+from llmga.stage1.pixels import num_image_tokens
+from llmga.stage1.projector import PROJECTOR_FILE, projector_weights
 from llmga.tokens import GEN_IMG, TAGS, GenerationTags
 
 VISION_SHARD = "vision_tower.safetensors"
@@ -42,10 +52,6 @@ _IN_MEMORY_NAMES = (
     (re.compile(r"^(?:model\.)?vision_tower\.(?:vision_model\.)?"), "model.vision_tower."),
     (re.compile(r"^multi_modal_projector\."), "model.multi_modal_projector."),
 )
-
-
-class ModelError(ValueError):
-    """A model folder that cannot be used; the sentence says what was found and what to do."""
 
 
 @dataclass
@@ -64,6 +70,15 @@ class Mllm:
         self.tags = tags
         self.model.config.generation_tags = next(name for name, pair in TAGS.items() if pair == tags)
 
+    def write_picture_shape(self, size: int, mode: PictureMode) -> None:
+        """Note in the config how training makes pictures square, so that saved folders know it."""
+        self.model.config.picture_size, self.model.config.picture_mode = size, mode
+
+    @property
+    def picture_shape(self) -> tuple[int | None, PictureMode]:
+        """How pictures are made square before the processor sees them, see `read_picture_shape`."""
+        return _picture_shape(self.model.config)
+
     @property
     def tokenizer(self) -> Any:
         """The LLM's tokenizer, chat template included."""
@@ -77,9 +92,8 @@ class Mllm:
     @property
     def num_image_tokens(self) -> int:
         """How many placeholders one picture takes (576 for LLaVA-1.5)."""
-        config = self.model.config
-        patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-        return patches if config.vision_feature_select_strategy == "default" else patches + 1  # "full" keeps CLS
+        side = self.model.config.vision_config.image_size
+        return num_image_tokens(self.processor, (3, side, side))
 
     @property
     def tags_are_tokens(self) -> bool:
@@ -90,78 +104,79 @@ class Mllm:
 def load_mllm(
     path: str | Path,
     tags: GenerationTags | None = None,
-    attention: str = "sdpa",
+    attention: str | None = None,
     dtype: torch.dtype = torch.float32,
+    quantize: Literal["none", "nf4"] = "none",
 ) -> Mllm:
     """Load a LLaVA folder in transformers' format, or fail: nothing is ever left at its random initialisation.
 
     Args:
-        path: folder with config, weights, tokenizer and processor.
+        path: folder with config, weights, tokenizer and processor; or of an adapter, which is merged into its base.
         tags: the pair this model writes; None takes the pair the folder was saved with, else `<gen_img>`.
-        attention: transformers' `attn_implementation`.
+        attention: transformers' `attn_implementation`; None takes sdpa, or eager where a part knows no sdpa.
         dtype: of every weight; training keeps float32 and lets autocast or DeepSpeed lower it.
+        quantize: the LLM's linear layers in 4 bits, to be trained through adapters only.
     Raises:
         ModelError: not a LLaVA folder, weights that do not fit the config, or a placeholder that is no token.
     """
     path = Path(path)
-    config = _read_config(path)
-    model, info = LlavaForConditionalGeneration.from_pretrained(
-        path, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True
-    )
-    left_over = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
-    if left_over:
-        found = "; ".join(f"{len(names)} {kind}, first {names[0]}" for kind, names in left_over.items())
-        raise ModelError(f"{path}: the weights do not fit config.json ({found}); convert or download the folder again")
+    if (path / "adapter_config.json").is_file():
+        from llmga.stage1.lora import load_adapter  # which loads its base by this function
+
+        return load_adapter(path, tags, attention, dtype)
+    config = read_config(path)
+    with quiet_loading(), explaining_attention(path, attention):
+        model, info = LlavaForConditionalGeneration.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            quantization_config=nf4_settings(dtype) if quantize == "nf4" else None,
+            ignore_mismatched_sizes=True,  # they are told below, with the rest
+            output_loading_info=True,
+        )
+    refuse_misfit(path, config, info)
     stored = getattr(config, "generation_tags", None)
     mllm = Mllm(model, load_processor(path), tags or TAGS.get(stored or "", GEN_IMG))
-    _check_placeholder(mllm, path)
+    check_placeholder(mllm, path)
+    check_picture_tokens(mllm, path)
     return mllm
 
 
-def add_generation_tags(mllm: Mllm, tags: GenerationTags) -> int:
-    """Make each of `tags` a token of its own. Without this call tags are plain text, spelled in word pieces.
+def nf4_settings(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """4-bit NormalFloat with double quantisation, of the LLM alone.
 
-    New rows start at the mean of the trained rows, in the input embedding and in the output head, so an untrained
-    tag is neither likely nor out of the distribution. Rows the embedding has to spare are used before it grows.
-    The tokens are not "special": decoding without special tokens keeps them in the reply.
-
-    Returns:
-        How many tokens were added: 2, or 0 when they are there already.
+    The names need their `model.` prefix: without it nothing is left out, tower and projector included.
     """
-    mllm.write_tags(tags)
-    tokenizer, model = mllm.tokenizer, mllm.model
-    num_known = len(tokenizer)
-    added = _add_tag_tokens(tokenizer, tags)
-    if not added:
-        return 0
-    if len(tokenizer) > model.config.text_config.vocab_size:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    weights = [model.get_input_embeddings().weight]
-    if model.get_output_embeddings().weight is not weights[0]:  # not tied
-        weights.append(model.get_output_embeddings().weight)
-    with torch.no_grad(), _whole(weights):
-        for weight in weights:
-            weight[num_known : len(tokenizer)] = weight[:num_known].float().mean(dim=0).to(weight.dtype)
-    return added
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["model.multi_modal_projector", "model.vision_tower", "lm_head"],
+    )
 
 
-def set_trainable(model: LlavaForConditionalGeneration, what: Literal["projector", "projector+llm"]) -> tuple[int, int]:
-    """Choose what learns; the vision tower never does, and stays in eval mode when the rest is put in train mode.
-
-    Returns:
-        Numbers of trained and of frozen parameters.
-    """
+def set_trainable(model: LlavaForConditionalGeneration, what: Literal["projector", "projector+llm"]) -> None:
+    """Choose what learns; the vision tower never does, and stays in eval mode when the rest is put in train mode."""
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
     if what == "projector+llm":
-        model.model.language_model.requires_grad_(True)
-        model.lm_head.requires_grad_(True)
+        for module in (model.model.language_model, model.lm_head):
+            for parameter in module.parameters():
+                parameter.requires_grad_(parameter.is_floating_point())  # 4-bit weights only learn through adapters
     vision_tower = model.model.vision_tower.eval()
     if _keep_in_eval_mode not in vision_tower._forward_pre_hooks.values():
         vision_tower.register_forward_pre_hook(_keep_in_eval_mode)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Numbers of trained and of frozen parameters."""
     counts = {True: 0, False: 0}
     for parameter in model.parameters():
-        counts[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())  # ds_numel: ZeRO-3 shard
+        numel = getattr(parameter, "ds_numel", parameter.numel())  # ds_numel: a ZeRO-3 shard
+        packed = getattr(parameter, "quant_state", None)  # two 4-bit weights to a byte
+        counts[parameter.requires_grad] += numel if packed is None else packed.shape.numel()
     return counts[True], counts[False]
 
 
@@ -172,6 +187,7 @@ def save_mllm(
     provenance: Mapping[str, Any],
     dtype: torch.dtype | None = None,
     split_vision: bool = False,
+    projector_file: bool = False,
 ) -> Path:
     """Write a folder that plain transformers loads, and prove it: reloaded, it equals the weights given, bit for bit.
 
@@ -186,41 +202,66 @@ def save_mllm(
         dtype: of the weights on disk; None keeps theirs.
         split_vision: put the vision tower in `vision_tower.safetensors` alone, so that folders tuned from one base
             can share that file by a symlink.
+        projector_file: write the projector a second time, alone, for `model.projector` of another run.
     Raises:
         ModelError: weights are missing, unknown or of another shape, or the folder read back differs.
         FileExistsError: the folder holds something.
     """
     folder = Path(folder)
-    with _without_zero3(), write_folder_atomically(folder) as temporary:
+    with without_zero3(), write_folder_atomically(folder) as temporary:
         model = _standard_model(mllm.model, state_dict if state_dict is not None else mllm.model.state_dict(), dtype)
         model.save_pretrained(temporary, max_shard_size=MAX_SHARD_SIZE)
         mllm.processor.save_pretrained(temporary)
         if split_vision:
             _split_vision(temporary)
+        if projector_file:
+            save_file(projector_weights(model.state_dict()), temporary / PROJECTOR_FILE, metadata={"format": "pt"})
         text = json.dumps(dict(provenance), indent=2, ensure_ascii=False, default=str)
         (temporary / "provenance.json").write_text(text + "\n", encoding="utf-8")
         _check_saved(temporary, model, mllm)
     return folder
 
 
+def read_picture_shape(path: str | Path) -> tuple[int | None, PictureMode]:
+    """How the training of a model folder made pictures square, without loading its weights.
+
+    Returns:
+        `data.picture_size` and `data.picture_mode`; None and "squash" for a folder that does not say.
+    Raises:
+        ModelError: not a LLaVA folder.
+    """
+    return _picture_shape(read_config(Path(path)))
+
+
+def _picture_shape(config: LlavaConfig) -> tuple[int | None, PictureMode]:
+    return getattr(config, "picture_size", None), getattr(config, "picture_mode", "squash")
+
+
 def standard_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the same tensors under the names of an in-memory `LlavaForConditionalGeneration`."""
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in state_dict.items():
-        for pattern, replacement in _IN_MEMORY_NAMES:
-            name = pattern.sub(replacement, name)
-        renamed[name] = tensor
-    return renamed
+    return {standard_name(name): tensor for name, tensor in state_dict.items()}
 
 
-def _read_config(path: Path) -> LlavaConfig:
+def standard_name(name: str) -> str:
+    """What `standard_names` does to one name."""
+    for pattern, replacement in _IN_MEMORY_NAMES:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def read_config(path: Path) -> LlavaConfig:
+    """The config of a LLaVA folder.
+
+    Raises:
+        ModelError: it is no such folder.
+    """
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json there; model.path must be a LLaVA folder in transformers' format")
     model_type = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
     if model_type != "llava":
         raise ModelError(
             f"{path}/config.json: model_type is {model_type!r}, expected 'llava'; "
-            "convert original LLaVA and LLMGA checkpoints to transformers' format first"
+            "convert original LLaVA and LLMGA checkpoints to transformers' format first; a plain LLM goes to model.llm"
         )
     return AutoConfig.from_pretrained(path)
 
@@ -238,58 +279,14 @@ def load_processor(path: str | Path, added_tags: GenerationTags | None = None) -
     # `backend` is not given to AutoProcessor: it would also be stored as the *tokenizer's* backend.
     processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
     if added_tags is not None:
-        _add_tag_tokens(processor.tokenizer, added_tags)
+        add_tag_tokens(processor.tokenizer, added_tags)
     return processor
-
-
-def _add_tag_tokens(tokenizer: Any, tags: GenerationTags) -> int:
-    """Make tags tokens that are not special; returns how many the tokenizer did not know."""
-    literals = [AddedToken(literal, special=False, normalized=False) for literal in (tags.open, tags.close)]
-    return tokenizer.add_tokens([token for token in literals if token.content not in tokenizer.get_added_vocab()])
-
-
-def _check_placeholder(mllm: Mllm, path: Path) -> None:
-    """`LlavaProcessor` takes the first piece of `<image>` for the placeholder, silently, when it is no token."""
-    token, rows = mllm.processor.image_token, mllm.model.config.text_config.vocab_size
-    pieces = mllm.tokenizer.encode(token, add_special_tokens=False)
-    if pieces != [mllm.image_token_id] or mllm.tokenizer.convert_tokens_to_ids(token) != pieces[0]:
-        raise ModelError(
-            f"{path}: the tokenizer reads {token} as ids {pieces}, expected the one id {mllm.image_token_id} of "
-            "config.json (image_token_index); add it to the tokenizer as a special token"
-        )
-    if pieces[0] >= rows:
-        raise ModelError(f"{path}: {token} has id {pieces[0]}, but the embedding has {rows} rows; resize it first")
 
 
 def _keep_in_eval_mode(module: nn.Module, args: Any) -> None:
     """Forward pre-hook: `model.train()` reaches the frozen tower too, and would turn on its dropout."""
     if module.training:
         module.eval()
-
-
-@contextmanager
-def _whole(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Gather parameters that ZeRO-3 has sharded; what is written to them, the same on all ranks, is kept."""
-    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    for parameter in sharded:
-        parameter.all_gather()
-    yield
-    for parameter in sharded:
-        parameter.partition(has_been_updated=True)
-
-
-@contextmanager
-def _without_zero3() -> Iterator[None]:
-    """While a ZeRO-3 run is alive, transformers saves and loads on all ranks together, and hangs where one does it."""
-    if not is_deepspeed_zero3_enabled():
-        yield
-        return
-    reference = transformers_deepspeed._hf_deepspeed_config_weak_ref
-    transformers_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        transformers_deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
 def _standard_model(
@@ -347,5 +344,6 @@ def _check_saved(folder: Path, model: LlavaForConditionalGeneration, mllm: Mllm)
     for name, tensor in reloaded.model.state_dict().items():
         if not torch.equal(tensor, weights[name]):
             raise ModelError(f"{folder}: {name} read back differs from what was saved (or is not finite)")
-    if (reloaded.tags, reloaded.tokenizer.chat_template) != (mllm.tags, mllm.tokenizer.chat_template):
-        raise ModelError(f"{folder}: the tags or the chat template read back differ from what was saved")
+    kept, given = ((each.tags, each.tokenizer.chat_template, each.picture_shape) for each in (reloaded, mllm))
+    if kept != given:
+        raise ModelError(f"{folder}: tags, chat template or picture shape read back differ from what was saved")

@@ -58,3 +58,10 @@ class PixelEncoder:
     def _through_processor(self, picture: Image.Image) -> np.ndarray:
         encoded = self._processor(picture, do_rescale=False, do_normalize=False, return_tensors="np")
         return np.asarray(encoded["pixel_values"][0])
+
+
+def num_image_tokens(processor: Any, pixel_shape: tuple[int, int, int]) -> int:
+    """How many placeholders a `LlavaProcessor` writes for one picture: its patches, plus CLS where that is kept."""
+    patches = (pixel_shape[1] // processor.patch_size) * (pixel_shape[2] // processor.patch_size)
+    without_cls = processor.vision_feature_select_strategy == "default"
+    return patches + processor.num_additional_image_tokens - int(without_cls)

@@ -15,14 +15,15 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
-from llmga.checkpoint import atomic_write
+from llmga.files import atomic_write
 from llmga.images import data_url
 from llmga.records import TASKS
+from llmga.stage1.bad_samples import BadSampleBudget
 from llmga.stage1.config import Stage1Config
-from llmga.stage1.data import BadSampleBudget, Sample, Stage1Dataset, build_datasets
+from llmga.stage1.data import Sample, Stage1Dataset, build_datasets
 from llmga.stage1.mixture import Mixture, SourceShare
-from llmga.stage1.model import load_processor
-from llmga.tokens import IGNORE_INDEX, TAGS
+from llmga.stage1.start import load_start_processor
+from llmga.tokens import IGNORE_INDEX
 
 NUM_MEASURED = 300  # examples that the figures at the top are about
 KINDS = ("generation", "description", "chat")
@@ -75,22 +76,21 @@ def write_preview(
         out_path: one HTML file with everything in it.
         num_examples: shown with their tokens.
         num_measured: first examples of the run that lengths and shares are taken from.
-        processor: a `LlavaProcessor`; None loads the one of `cfg.model.path`.
+        processor: a `LlavaProcessor`; None loads the one that `cfg.model` starts with.
     Returns:
         `out_path`.
     Raises:
         ValueError: data that training would stop at.
     """
-    tags = TAGS[cfg.model.tag_name]
     if processor is None:
-        processor = load_processor(cfg.model.path, tags if cfg.model.tags == "tokens" else None)
+        processor = load_start_processor(cfg.model)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "replaced.jsonl"
         data = build_datasets(cfg, processor, _examples_on_one_device(cfg), log)[0]
         assert isinstance(data.order, Mixture)
         measured = [_measure(data, index) for index in range(min(max(num_measured, num_examples), len(data)))]
         chosen = [data.sample(index) for index in _choose(measured, num_examples)]
-        replaced = BadSampleBudget(log, max_share=1.0).replaced(len(measured))
+        replaced = BadSampleBudget(log, max_share=1.0, total=len(data)).replaced(len(measured))
     page = _environment().get_template("preview.html.j2")
     atomic_write(
         Path(out_path),

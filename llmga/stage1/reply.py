@@ -6,8 +6,8 @@ core with 64 prompts and a 4-layer LLM 256 wide: 1.7 times the tokens per second
 tokens, 1.8 times when half of the replies are one word. The tokens are the same (tests/unit/test_reply.py).
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,9 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llmga.images import PictureMode, fit_picture
+from llmga.runtime import zero3_is_on
 from llmga.stage1.conversation import ConversationError, Turn, encode_conversation, encode_prompt
 from llmga.stage1.model import Mllm
 from llmga.stage1.pixels import PixelEncoder
@@ -57,7 +57,7 @@ def generate_replies(
     seed: int = 0,
     progress: bool = False,
     picture_size: int | None = None,
-    picture_mode: PictureMode = "squash",
+    picture_mode: PictureMode | None = None,
 ) -> list[str]:
     """Answer prompts, those with a picture and those without in the same batches.
 
@@ -70,9 +70,10 @@ def generate_replies(
         top_p: draw among the likeliest tokens that together reach this probability.
         seed: prompt i draws from a generator made of (seed, i).
         progress: show a bar.
-        picture_size: bring pictures to a square of this side first, as training does. None: pictures are already as
-            `build_example` makes them; one that is not square is squashed to its longer side.
-        picture_mode: how, see `fit_picture`.
+        picture_size: bring pictures to a square of this side first, as training does; None takes the side that the
+            model was trained with. Where its folder does not say, squares stay and others are squashed to their longer
+            side.
+        picture_mode: how, see `fit_picture`; None takes the one that the model was trained with.
     Returns:
         One text per prompt, in order, stripped, generation tags kept and other special tokens left out.
     Raises:
@@ -80,40 +81,32 @@ def generate_replies(
         ConversationError: a conversation that does not end with a question.
     """
     _check_settings(max_new_tokens, batch_size, temperature, top_p)
-    pixels = PixelEncoder(mllm.processor.image_processor)
-    image_token, num_image_tokens = mllm.processor.image_token, mllm.num_image_tokens
-    encoded = []
-    for position, prompt in enumerate(prompts):
-        _check_picture(prompt, position)
-        encoded.append(encode_prompt(mllm.tokenizer, prompt.turns, image_token, num_image_tokens))
+    encoded = [_encoded(mllm, prompt, position) for position, prompt in enumerate(prompts)]
     stop = stop_ids(mllm)
-
+    trained_size, trained_mode = mllm.picture_shape
+    shape = partial(_shaped, size=picture_size or trained_size, mode=picture_mode or trained_mode)
+    pixels = PixelEncoder(mllm.processor.image_processor)
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]), reverse=True)
     replies = [""] * len(prompts)
-    was_training = mllm.model.training
-    mllm.model.eval()
-    try:
-        with torch.no_grad(), tqdm(total=len(prompts), disable=not progress, unit="reply") as bar:
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
-                pictures = [_shaped(prompts[index].picture, picture_size, picture_mode) for index in batch]
-                choose = _likeliest
-                if temperature > 0:
-                    chance = np.stack([np.random.default_rng([seed, index]).random(max_new_tokens) for index in batch])
-                    choose = partial(_drawn, torch.from_numpy(chance), temperature, top_p)
-                written = _write(
-                    mllm,
-                    [encoded[index] for index in batch],
-                    [pixels(picture) for picture in pictures if picture is not None],
-                    choose,
-                    max_new_tokens,
-                    stop,
-                )
-                for index, ids in zip(batch, written, strict=True):
-                    replies[index] = _text(mllm, ids)
-                bar.update(len(batch))
-    finally:
-        mllm.model.train(was_training)
+    with _evaluating(mllm.model), tqdm(total=len(prompts), disable=not progress, unit="reply") as bar:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            pictures = [picture for index in batch if (picture := prompts[index].picture) is not None]
+            choose = _likeliest
+            if temperature > 0:
+                chance = np.stack([np.random.default_rng([seed, index]).random(max_new_tokens) for index in batch])
+                choose = partial(_drawn, torch.from_numpy(chance), temperature, top_p)
+            written = _write(
+                mllm,
+                [encoded[index] for index in batch],
+                [pixels(shape(picture)) for picture in pictures],
+                choose,
+                max_new_tokens,
+                stop,
+            )
+            for index, ids in zip(batch, written, strict=True):
+                replies[index] = _text(mllm, ids)
+            bar.update(len(batch))
     return replies
 
 
@@ -132,6 +125,18 @@ def stop_ids(mllm: Mllm) -> list[int]:
     if not found:
         raise PromptError("neither the chat template nor the tokenizer names a token that ends a reply; set eos_token")
     return sorted(int(token) for token in found)
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode without gradients, and the former mode back afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
 # ---------------------------------------------------------------- the loop
@@ -166,6 +171,7 @@ def _write(
     rows = torch.arange(len(prompts), device=device)
     writing = torch.ones_like(rows, dtype=torch.bool)
     replies: list[list[int]] = [[] for _ in prompts]
+    together = zero3_is_on()  # each rank holds a part of the model: all must run the same steps
     for step in range(max_new_tokens):
         logits = model(
             input_ids=input_ids,
@@ -178,7 +184,7 @@ def _write(
         ).logits[:, -1]
         logits[:, never] = -torch.inf
         next_ids = choose(logits, rows, step)
-        if is_deepspeed_zero3_enabled():  # each rank holds a part of the model: all must run the same steps
+        if together:
             dist.broadcast(next_ids, src=0)
         writing &= ~torch.isin(next_ids, ends)
         for row, token, continues in zip(rows.tolist(), next_ids.tolist(), writing.tolist(), strict=True):
@@ -280,10 +286,17 @@ def _text(mllm: Mllm, ids: Sequence[int]) -> str:
 # ---------------------------------------------------------------- what comes in
 
 
-def _shaped(picture: Image.Image | None, size: int | None, mode: PictureMode) -> Image.Image | None:
-    if picture is None or (size is None and picture.width == picture.height):
+def _shaped(picture: Image.Image, size: int | None, mode: PictureMode) -> Image.Image:
+    """The picture as a square; one that is such a square already stays as it is."""
+    if picture.size == (size or picture.width,) * 2:
         return picture
     return fit_picture(picture, size, mode) if size else fit_picture(picture, max(picture.size), "squash")
+
+
+def _encoded(mllm: Mllm, prompt: Prompt, position: int) -> list[int]:
+    """The ids of a prompt, once it is known that picture and turns agree."""
+    _check_picture(prompt, position)
+    return encode_prompt(mllm.tokenizer, prompt.turns, mllm.processor.image_token, mllm.num_image_tokens)
 
 
 def _check_picture(prompt: Prompt, position: int) -> None:

@@ -12,7 +12,7 @@ from jinja2 import Environment
 from markupsafe import Markup, escape
 from PIL import Image
 
-from llmga.checkpoint import atomic_write
+from llmga.files import atomic_write
 from llmga.images import data_url
 from llmga.runtime import MetricsLog
 from llmga.stage1.conversation import Turn

@@ -1,12 +1,16 @@
 """Where rows come from: one entry of `data.sources` or `data.validation`, opened."""
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 
 from llmga.published import manifest_of
+from llmga.quarantine import read_quarantine
 from llmga.records import Record
 from llmga.stage1.config import SourceConfig
+
+log = logging.getLogger(__name__)
 
 
 class SourceError(ValueError):
@@ -14,13 +18,14 @@ class SourceError(ValueError):
 
 
 class Source:
-    """The rows of one entry of `data.sources`: those of the wanted tasks, up to `max_rows`.
+    """The rows of one entry of `data.sources`: those of the wanted tasks that are not in quarantine, up to `max_rows`.
 
     Args:
         config: the entry.
         name: what logs and tables call it; by default its own name, or that of its file.
     Raises:
         SourceError: no row is left.
+        QuarantineError: the quarantine list belongs to another file, or cannot be read.
     """
 
     def __init__(self, config: SourceConfig, name: str | None = None) -> None:
@@ -49,15 +54,28 @@ class Source:
 
     def _select(self, config: SourceConfig) -> Sequence[int] | np.ndarray:
         limit = config.max_rows if config.max_rows is not None else len(self.manifest)
-        if config.tasks is None:
+        left_out = self._quarantined(config)
+        if config.tasks is None and not left_out:
             return range(min(limit, len(self.manifest)))
+        if config.tasks is None:
+            return np.delete(np.arange(len(self.manifest)), left_out)[:limit]
         kept: list[int] = []
-        for row, record in enumerate(self.manifest):
+        unread = set(left_out)  # a row in quarantine may not even be JSON
+        for row in range(len(self.manifest)):
             if len(kept) == limit:
                 break
-            if record.task in config.tasks:
+            if row not in unread and self.manifest[row].task in config.tasks:
                 kept.append(row)
         return np.array(kept, np.int64)
+
+    def _quarantined(self, config: SourceConfig) -> list[int]:
+        """Rows of the manifest that the quarantine list names."""
+        if config.quarantine is None:
+            return []
+        found = (self.manifest.find_row(row) for row in read_quarantine(config.quarantine, config.path))
+        rows = [row for row in found if row is not None]
+        log.info("%s: %d rows are left out, as %s says", self.path, len(rows), config.quarantine)
+        return rows
 
 
 def open_sources(configs: Sequence[SourceConfig]) -> list[Source]:

@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from llmga.checkpoint import checkpoint_step, read_marker
 from llmga.config import dump_config
+from llmga.nodes.preflight import start_together
 from llmga.progress import RunProgress
 from llmga.run_folder import RunFolder, check_fits, explaining_full_disk, hashes, way_on
 from llmga.runtime import (
@@ -26,23 +27,25 @@ from llmga.runtime import (
     StopSignal,
     environment,
     from_main,
-    init_distributed,
     on_main,
     seed_everything,
-    setup_logging,
 )
 from llmga.stage1.arguments import engine_name, training_arguments
+from llmga.stage1.arithmetic import set_arithmetic
+from llmga.stage1.bad_samples import BAD_SAMPLES_FILE, BadSampleBudget
+from llmga.stage1.balance import BalancedDataset
 from llmga.stage1.callbacks import BadSamples, CompleteCheckpoints, Figures, SampleReplies, StopWhenAsked
 from llmga.stage1.config import Stage1Config
-from llmga.stage1.data import BAD_SAMPLES_FILE, BadSampleBudget, Collator, Stage1Dataset, build_datasets
+from llmga.stage1.data import Collator, Stage1Dataset, build_datasets
 from llmga.stage1.held_out import mean_token_loss, token_losses
 from llmga.stage1.mixture import rows_per_epoch
-from llmga.stage1.model import Mllm, add_generation_tags, load_mllm, save_mllm, set_trainable
-from llmga.stage1.resume import accept_saved_names
+from llmga.stage1.model import Mllm
+from llmga.stage1.packing import PackingCollator
+from llmga.stage1.resume import accept_saved_names, check_same_adapter
 from llmga.stage1.sample_page import SamplePages
 from llmga.stage1.samples import answer_questions, draw_questions
+from llmga.stage1.start import Start, input_paths, save_result, start_model
 from llmga.stage1.watch import BatchWatch, NamedBatches
-from llmga.tokens import TAGS
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +64,7 @@ def train(cfg: Stage1Config) -> Path:
     """
     # Setup
     engine = engine_name(cfg.run.deepspeed)
-    ranks = init_distributed(with_deepspeed=engine != "plain")
-    setup_logging(ranks)
+    ranks = start_together(cfg, with_deepspeed=engine != "plain")
     run = RunFolder(cfg.run.output_dir)
     if from_main(run.is_finished and cfg.run.resume):
         run.say_finished(cfg)
@@ -78,25 +80,18 @@ def train(cfg: Stage1Config) -> Path:
 
 def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals: StopSignal) -> Path:
     """`train`, once it is known that there is something to do."""
-    checkpoint = on_main(lambda: run.start(cfg, cfg.run.resume))
     examples_per_step = cfg.run.batch_size * cfg.run.accumulation_steps * ranks.world_size
     fit = {"examples_per_step": examples_per_step, "engine": engine, "world_size": ranks.world_size}
-    if checkpoint:
-        check_fits(checkpoint, **fit)
-        logger.info("going on from %s", checkpoint)
-    seed_everything(cfg.run.seed)
-    disable_progress_bar()  # transformers' own, of loading and saving
-    if cfg.run.threads:
-        torch.set_num_threads(cfg.run.threads)
+    checkpoint = _start(cfg, run, fit)
 
     # Model: the arguments come first, because under ZeRO-3 they decide how `from_pretrained` spreads the weights.
     arguments = training_arguments(cfg, run.path)
-    mllm = load_mllm(cfg.model.path, TAGS[cfg.model.tag_name], cfg.model.attention)
-    if cfg.model.tags == "tokens":
-        add_generation_tags(mllm, TAGS[cfg.model.tag_name])
-    accept_saved_names(mllm.model)
-    trained, frozen = set_trainable(mllm.model, cfg.model.trainable)
-    logger.info("%s parameters learn, %s are frozen", f"{trained:,}", f"{frozen:,}")
+    start = start_model(cfg, run.path / "base")
+    mllm = start.mllm
+    set_arithmetic(mllm.model, cfg)
+    accept_saved_names(start.trained)
+    if checkpoint:
+        check_same_adapter(checkpoint, start.trained)
 
     # Data
     data, held_out = _build_data(cfg, mllm, run, examples_per_step)
@@ -105,17 +100,27 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
     epochs = len(data) / samples_per_epoch
     logger.info("%d steps of %d examples, %.3g epochs of %d", total_steps, examples_per_step, epochs, samples_per_epoch)
 
+    padding = Collator.of(data)
+    fed, collator = (
+        (BalancedDataset(data, cfg.run.batch_size, examples_per_step), PackingCollator(padding))
+        if cfg.data.packing
+        else (data, padding)
+    )
+
     # Trainer
     watch = BatchWatch(run.path, ranks, mllm.tokenizer.decode, cfg.run.record_sample_ids)
     watch.attach(mllm.model)
     progress = RunProgress(total_steps, shown=ranks.is_main)
-    figures = Figures(run.metrics, watch, progress, ranks, samples_per_epoch)
+    budget = BadSampleBudget(run.path / BAD_SAMPLES_FILE, cfg.data.max_bad_share, len(data))
+    on_main(lambda: budget.forget_after(checkpoint_step(checkpoint) * examples_per_step if checkpoint else 0))
+    bad_samples = BadSamples(budget, examples_per_step)
+    figures = Figures(run.metrics, watch, progress, ranks, samples_per_epoch, bad_samples.counts)
     if checkpoint:
         figures.totals = read_marker(checkpoint)["totals"]
     callbacks = [
         figures,
         watch,
-        BadSamples(BadSampleBudget(run.path / BAD_SAMPLES_FILE, cfg.data.max_bad_share), examples_per_step),
+        bad_samples,
         StopWhenAsked(signals),
         CompleteCheckpoints(
             run.path, cfg.run.keep_last, mllm.processor, lambda: {**fit, "totals": figures.take_counts()}
@@ -125,19 +130,16 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
         answer = _answerer(cfg, run, ranks, engine, mllm, held_out, checkpoint)
         callbacks.append(SampleReplies(cfg.run.sample_every_steps, answer, figures))
     trainer = Trainer(
-        model=mllm.model,
+        model=start.trained,
         args=arguments,
-        data_collator=NamedBatches(Collator.of(data)),
-        train_dataset=data,
+        data_collator=NamedBatches(collator),
+        train_dataset=fed,
         eval_dataset=held_out or None,
         compute_metrics=mean_token_loss,
         preprocess_logits_for_metrics=token_losses,
         callbacks=callbacks,
     )
-    trainer.remove_callback(PrinterCallback)
-    for tracker in (WandbCallback, TensorBoardCallback):  # behind ours, which complete the figures
-        if (callback := trainer.pop_callback(tracker)) is not None:
-            trainer.add_callback(callback)
+    _order_callbacks(trainer)
 
     # Run
     if signals.agreed():
@@ -149,13 +151,22 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
         raise Interrupted(f"stopped by {signals.received} after step {step} of {total_steps}; {way_on(run)}")
 
     # Save
-    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # ZeRO-3: all ranks give, rank 0 receives
-    mllm.model.config.use_cache = True  # the Trainer has set it to False
-    dtype = torch.bfloat16 if cfg.run.precision == "bf16" else torch.float32
-    with explaining_full_disk(run):
-        on_main(lambda: save_mllm(mllm, state_dict, run.final, _provenance(cfg, step, figures), dtype))
+    _save(cfg, run, trainer, start, figures)
     logger.info("finished after %d steps and %d trained tokens: %s", step, figures.totals["trained_tokens"], run.final)
     return run.final
+
+
+def _start(cfg: Stage1Config, run: RunFolder, fit: dict[str, Any]) -> Path | None:
+    """Make folder and process ready; returns the checkpoint that the run goes on from."""
+    checkpoint = on_main(lambda: run.start(cfg, cfg.run.resume))
+    if checkpoint:
+        check_fits(checkpoint, **fit)
+        logger.info("going on from %s", checkpoint)
+    seed_everything(cfg.run.seed)
+    disable_progress_bar()  # transformers' own, of loading and saving
+    if cfg.run.threads:
+        torch.set_num_threads(cfg.run.threads)
+    return checkpoint
 
 
 def _build_data(
@@ -195,13 +206,31 @@ def _answerer(
     return answer
 
 
-def _provenance(cfg: Stage1Config, step: int, figures: Figures) -> dict[str, Any]:
+def _order_callbacks(trainer: Trainer) -> None:
+    """The trackers behind ours, which complete the figures; the Trainer's own printing goes."""
+    trainer.remove_callback(PrinterCallback)
+    for tracker in (WandbCallback, TensorBoardCallback):
+        if (callback := trainer.pop_callback(tracker)) is not None:
+            trainer.add_callback(callback)
+
+
+def _save(cfg: Stage1Config, run: RunFolder, trainer: Trainer, start: Start, figures: Figures) -> None:
+    """Write `final/`; all ranks call, rank 0 writes."""
+    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # ZeRO-3: all ranks give, rank 0 receives
+    start.mllm.model.config.use_cache = True  # the Trainer has set it to False
+    provenance = _provenance(cfg, start.base, trainer.state.global_step, figures)
+    with explaining_full_disk(run):
+        on_main(lambda: save_result(cfg, start, state_dict, run.final, provenance))
+
+
+def _provenance(cfg: Stage1Config, base: Path, step: int, figures: Figures) -> dict[str, Any]:
     """What the model was made from, for `final/provenance.json`."""
     return {
         "stage": 1,
+        "base": str(base),
         "steps": step,
         **figures.totals,
-        "inputs": hashes([cfg.model.path, *(source.path for source in cfg.data.sources)]),
+        "inputs": hashes([*input_paths(cfg.model), *(source.path for source in cfg.data.sources)]),
         "config": dump_config(cfg),
         **{key: value for key, value in environment().items() if key in ("commit", "versions")},
     }

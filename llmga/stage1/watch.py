@@ -1,6 +1,6 @@
 """What goes through the model, seen at its door: sample ids, token counts, and losses that are not finite.
 
-The watch stands on two public places only, forward hooks of the model and callbacks of the Trainer.
+The watch stands on public places only: hooks of the model and of torch's optimizer, and callbacks of the Trainer.
 """
 
 import json
@@ -13,9 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llmga.checkpoint import atomic_write
+from llmga.files import atomic_write
 from llmga.runtime import MetricsLog, Ranks, RunFailed, any_rank, outlive_terminate, sum_over_ranks
+from llmga.stage1.packing import check_packed
 from llmga.tokens import IGNORE_INDEX
+
+_BAD_GRADIENT = "the gradient is not finite although the loss is"
 
 
 class NonFiniteLossError(RunFailed):
@@ -23,7 +26,7 @@ class NonFiniteLossError(RunFailed):
 
 
 class NamedBatches:
-    """A collator that adds `sample_ids` to each batch, for `BatchWatch` to take off again at the model's door.
+    """A collator that adds `sample_ids` and `num_tokens`, for `BatchWatch` to take off again at the model's door.
 
     Args:
         collate: makes a batch of examples that each have a `sample_id`.
@@ -35,11 +38,15 @@ class NamedBatches:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         outlive_terminate()
         batch = self.collate(examples)
-        return {**batch, "sample_ids": torch.tensor([example["sample_id"] for example in examples])}
+        return {
+            **batch,
+            "sample_ids": torch.tensor([example["sample_id"] for example in examples]),
+            "num_tokens": torch.tensor(sum(len(example["input_ids"]) for example in examples)),
+        }
 
 
 class BatchWatch(TrainerCallback):
-    """Counts what is trained on, records sample ids, and stops the run before a bad loss can touch the weights.
+    """Counts what is trained on, records sample ids, and stops the run before a bad step is made.
 
     Args:
         run_dir: `non_finite/` and `samples-rank<r>.jsonl` go there.
@@ -69,6 +76,13 @@ class BatchWatch(TrainerCallback):
         samples, tokens, trained = (int(count) for count in sum_over_ranks(counts))
         return samples, tokens, trained
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer = kwargs["optimizer"].optimizer  # below accelerate's
+        if isinstance(optimizer, torch.optim.Optimizer):  # DeepSpeed's of ZeRO are none; see `on_pre_optimizer_step`
+            optimizer.register_step_pre_hook(self._on_optimizer_step)
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -78,33 +92,36 @@ class BatchWatch(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
-        # Not under DeepSpeed: it keeps its own gradients and has made its step by now.
-        if gradients and not bool(torch.nn.utils.get_total_norm(gradients).isfinite()):
-            self._stop("the gradient is not finite although the loss is")
+        # ZeRO's optimizers have been asked for their step by now, and leave it out when the gradient is not finite: all
+        # ranks together, for they know the norm over all. They would go on with the next batch.
+        if kwargs["optimizer"].step_was_skipped:
+            self._stop(_BAD_GRADIENT)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.record is not None:
             self.record.write(state.global_step, ids=[ids for ids, _ in self._batches])
         self._batches = []
 
+    def _on_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Optimizer's pre-hook: all ranks have the same gradients here, so all stop or none."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if gradients and not bool(torch.nn.utils.get_total_norm(gradients).isfinite()):
+            self._stop(_BAD_GRADIENT)
+
     @torch.compiler.disable  # a compiled hook would be compiled anew for every length of the list of batches
     def _on_batch(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Forward pre-hook: take the ids off, remember and count the batch."""
-        ids = kwargs.pop("sample_ids", None)
+        ids, num_tokens = kwargs.pop("sample_ids", None), kwargs.pop("num_tokens", None)
         if "labels" in kwargs:
             kwargs["use_cache"] = False  # the LLM would keep a copy of keys and values that nobody reads
+            check_packed(kwargs, module.config.text_config._attn_implementation)
         if module.training and "labels" in kwargs:
             labels = kwargs["labels"]
-            self._batches.append(([] if ids is None else ids.tolist(), kwargs))
+            self._batches.append((ids.tolist(), kwargs))
             counts = torch.stack(
-                [
-                    torch.tensor(labels.shape[0], device=labels.device),
-                    kwargs["attention_mask"].sum(),
-                    (labels[:, 1:] != IGNORE_INDEX).sum(),
-                ]
+                [torch.tensor(len(ids)), num_tokens.cpu(), (labels[:, 1:] != IGNORE_INDEX).sum().cpu()]
             )
             self._counts = counts if self._counts is None else self._counts + counts
         return args, kwargs

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from llmga.checkpoint import write_folder_atomically
 from llmga.records import Record, open_manifest, write_manifest
 from llmga.toyworld.corpus import CORPORA, PARTS, draw_record
 from llmga.toyworld.png import encode_png
@@ -60,7 +59,7 @@ def build_world(
 
     Args:
         out: folder to make.
-        rows: records of the training split; validation and test hold a twentieth of it each, at least 64.
+        rows: records of the training split; validation holds a twentieth of it and test a fifth, at least 64 each.
         seed: picks the scenes and all that is said about them; under any seed no two splits share a scene.
         preset: `learnable` or `dense`.
         kind: `base` or `stage1`: a key of `CORPORA`.
@@ -74,7 +73,7 @@ def build_world(
     out = Path(out)
     if (present := _present(out, settings)) is not None:
         return present
-    with _appearing(out) as folder:
+    with write_folder_atomically(out, durable=False) as folder:  # twenty thousand pictures are quickly drawn again
         tasks, pictures = {}, {}
         for split, count in settings["splits"].items():
             (folder / "pictures" / split).mkdir(parents=True)
@@ -156,8 +155,8 @@ def _settings(
             raise WorldError(f"the weight of {part!r} is {weight}; expected a number that is not negative")
     if not sum(weights.values()):
         raise WorldError("all weights are 0; expected at least one above")
-    held_out = max(64, rows // 20)
-    splits = dict({"train": rows, "validation": held_out, "test": held_out} if splits is None else splits)
+    default = {"train": rows, "validation": max(64, rows // 20), "test": max(64, rows // 5)}
+    splits = dict(default if splits is None else splits)
     for split, count in splits.items():
         if split not in SPLITS:
             raise WorldError(f"split {split!r} is unknown; expected some of {', '.join(SPLITS)}")
@@ -189,21 +188,3 @@ def _present(out: Path, settings: dict[str, Any]) -> Report | None:
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         pass
     raise WorldError(f"{out} exists and {what}; choose another folder, or delete it first")
-
-
-@contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `out` when all went well.
-
-    Unlike a checkpoint it is not forced to the disk file by file: twenty thousand pictures are quickly built again.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        yield aside
-        aside.replace(out)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise

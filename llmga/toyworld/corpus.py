@@ -16,7 +16,7 @@ from llmga.toyworld.scene import Scene, facts_to_list
 from llmga.toyworld.wording import pick
 
 CORPORA: dict[str, dict[str, float]] = {
-    "base": {"brief": 0.1, "medium": 0.4, "questions": 0.4, "chat": 0.1},
+    "base": {"brief": 0.08, "medium": 0.45, "questions": 0.4, "chat": 0.07},
     "stage1": {
         "prompt_refinement": 0.2,
         "similar_image": 0.2,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -13,13 +12,12 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
-from llmga.images import blank_holes
+from llmga.images import blank_holes, data_url
 from llmga.masks import BOXES, OUTPAINTING_WIDE, STROKES, MaskMixture, random_mask
 from llmga.records import Record
 from llmga.tokens import clip_length, clip_words
 from llmga.toyworld.edits import NOTHING, Edit
 from llmga.toyworld.grammar import match_sentence
-from llmga.toyworld.png import encode_png
 from llmga.toyworld.render import render
 from llmga.toyworld.scene import BACKGROUNDS, COLOURS, THEMES, Scene
 from llmga.toyworld.wording import PLACES, WORDS, value_of
@@ -136,15 +134,16 @@ def _card(record: Record, rng: np.random.Generator) -> dict[str, Any]:
 
 
 def _pictures(record: Record, scene: Scene, rng: np.random.Generator) -> dict[str, Any]:
-    picture = render(scene)
-    pictures: dict[str, Any] = {"picture": _data_url(picture), "theme": scene.theme}
+    picture = Image.fromarray(render(scene))
+    pictures: dict[str, Any] = {"picture": data_url(picture), "theme": scene.theme}
     if record.task in MASKS:
-        mask = random_mask(rng, len(picture), len(picture), MASKS[record.task])
-        pictures["masked"] = _data_url(np.asarray(blank_holes(Image.fromarray(picture), mask)))
-        pictures["mask"] = _data_url(np.repeat(mask.hole[:, :, None] * 255, 3, axis=2).astype(np.uint8))
+        mask = random_mask(rng, picture.height, picture.width, MASKS[record.task])
+        pictures["masked"] = data_url(blank_holes(picture, mask))
+        pictures["mask"] = data_url(Image.fromarray(mask.hole * 255))
     if "edit" in record.meta:
         edit = Edit.from_dict(record.meta["edit"])
-        pictures |= {"after": _data_url(render(edit.target)), "kind": edit.kind, "requested": _requested(edit)}
+        after = Image.fromarray(render(edit.target))
+        pictures |= {"after": data_url(after), "kind": edit.kind, "requested": _requested(edit)}
     return pictures
 
 
@@ -170,7 +169,7 @@ def _themes(scenes: Sequence[Scene]) -> list[dict[str, Any]]:
                 "background_name": theme.background,
                 "palette": [(name, f"rgb{COLOURS[name]}") for name in theme.palette],
                 "textures": [WORDS["texture"][texture][0] for texture in theme.textures],
-                "pictures": [_data_url(render(scene)) for scene in own[:3]],
+                "pictures": [data_url(Image.fromarray(render(scene))) for scene in own[:3]],
                 "count": len(own),
                 "kept": {
                     "background": _share([scene.background == theme.background for scene in own]),
@@ -184,7 +183,3 @@ def _themes(scenes: Sequence[Scene]) -> list[dict[str, Any]]:
 
 def _share(hits: Sequence[bool]) -> float:
     return sum(hits) / len(hits) if hits else 0.0
-
-
-def _data_url(picture: np.ndarray) -> str:
-    return "data:image/png;base64," + base64.b64encode(encode_png(picture)).decode()

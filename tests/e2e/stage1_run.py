@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
@@ -100,19 +102,29 @@ class Started:
         return self.log.read_text(errors="replace")
 
 
-def start(settings: Path, *overrides: str, processes: int = 1, sabotage: Callable[[], None] | None = None) -> Started:
+def start(
+    settings: Path,
+    *overrides: str,
+    processes: int = 1,
+    sabotage: Callable[[], None] | None = None,
+    of_rank: dict[int, str] | None = None,
+) -> Started:
     """Start the script in processes forked from one that has imported everything, as a launcher would.
 
     Args:
         sabotage: called in each process before the script starts, to make something go wrong at the right moment.
+        of_rank: one more override, for a rank alone.
     """
     log = settings.parent / f"stderr-{secrets.token_hex(4)}.txt"
     variables: list[dict[str, str]] = [{}]
     if processes > 1:
-        shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         variables = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-    arguments = [str(settings), *overrides]
-    ranks = [_FORKS.Process(target=_run_script, args=(arguments, env, log, sabotage)) for env in variables]
+    arguments = [[str(settings), *overrides, *filter(None, [(of_rank or {}).get(r)])] for r in range(processes)]
+    ranks = [
+        _FORKS.Process(target=_run_script, args=(line, env, log, sabotage))
+        for line, env in zip(arguments, variables, strict=True)
+    ]
     for rank in ranks:
         rank.start()
     return Started(ranks, log)
@@ -142,8 +154,38 @@ def _run_script(
 
 def command(settings: Path, *overrides: str, processes: int = 1, script: Path = SCRIPT) -> list[str]:
     """The command line of a run, with torchrun for more than one process."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={_free_port()}"]
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
     return [sys.executable, *(launcher if processes > 1 else []), str(script), str(settings), *overrides]
+
+
+def slow_script(folder: Path) -> Path:
+    """The recipe with steps that last long enough for a signal to arrive in the middle of the run."""
+    path = folder / "slow_train_stage1.py"
+    path.write_text(
+        "import runpy, time\n"
+        "from transformers.trainer_callback import CallbackHandler\n"
+        "begin = CallbackHandler.on_step_begin\n"
+        "CallbackHandler.on_step_begin = lambda *args: (time.sleep(0.3), begin(*args))[1]\n"
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    )
+    return path
+
+
+def assert_trained_alike(folder: Path, reference: Path, tolerance: float) -> None:
+    """Same examples in every step, same losses, same held-out losses, same weights."""
+    assert sample_ids(folder) == sample_ids(reference)
+    assert list(losses(folder)) == [1, 2, 3, 4, 5, 6]
+    assert list(losses(folder).values()) == pytest.approx(list(losses(reference).values()), abs=tolerance)
+    held_out, expected = (
+        {key: value for line in lines(f / "metrics.jsonl") for key, value in line.items() if key.startswith("eval_")}
+        for f in (folder, reference)
+    )
+    assert held_out.keys() == expected.keys() == {"eval_pictures_loss", "eval_texts_loss"}
+    assert held_out == pytest.approx(expected, abs=tolerance)
+    made, wanted = weights(folder / "final"), weights(reference / "final")
+    assert made.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(made[name], wanted[name], rtol=0, atol=50 * tolerance, msg=name)
 
 
 def wait_for(path: Path) -> None:
@@ -181,7 +223,8 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

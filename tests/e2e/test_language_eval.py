@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.language import TASKS, build_items, choose_records, score_item, summarise, table
+from eval.language import TASKS, build_items, choose_records, compare, score_item, summarise, table
 from llmga.stage1.tasks import TaskSettings
 from llmga.toyworld.build import build_world
 from tests.toy import toy_mllm_folder
@@ -24,7 +24,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("phrasing", ["train", "held_out"])
 def test_expected_replies_get_full_marks(world: Path, phrasing: str) -> None:
-    records = choose_records(world / "test.jsonl", 6, TASKS)
+    records = choose_records(world / "test.jsonl", dict.fromkeys(TASKS, 6))
     settings = TaskSettings(picture_size=64, phrasing=phrasing)  # type: ignore[arg-type]
     items = list(build_items(records, world, settings, seed=0))
     rows = [score_item("tuned", item, item.expected) for item in items]
@@ -39,7 +39,7 @@ def test_expected_replies_get_full_marks(world: Path, phrasing: str) -> None:
 
 
 def test_swapped_replies_do_not(world: Path) -> None:
-    records = choose_records(world / "test.jsonl", 12, ("similar_image", "editing", "vqa"))
+    records = choose_records(world / "test.jsonl", dict.fromkeys(("similar_image", "editing", "vqa"), 12))
     items = list(build_items(records, world, TaskSettings(picture_size=64), seed=0))
     rows = []
     for task in ("similar_image", "editing", "vqa"):
@@ -51,14 +51,31 @@ def test_swapped_replies_do_not(world: Path) -> None:
     assert found["vqa", "chat", "exact_match"] < 0.5
 
 
+def test_difference_is_paired_by_question(world: Path) -> None:
+    items = list(
+        build_items(choose_records(world / "test.jsonl", {"vqa": 30}), world, TaskSettings(picture_size=64), seed=0)
+    )
+    rows = [score_item("tuned", item, item.expected) for item in items]
+    rows += [score_item("base", item, item.expected if index % 4 else "no idea") for index, item in enumerate(items)]
+    [comparison] = compare(rows)
+    wrong = -(-len(items) // 4)
+    assert comparison["difference"] == pytest.approx(wrong / len(items))
+    assert comparison["questions"] == len(items)
+    assert 0 < comparison["ci_low"] < comparison["difference"] < comparison["ci_high"] < 0.5
+    assert compare([row for row in rows if row["system"] == "tuned"]) == []
+
+
 def test_command_writes_result_items_and_page(world: Path, tmp_path: Path) -> None:
     model, out = toy_mllm_folder(tmp_path / "model"), tmp_path / "out"
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "picture_size": 32}))  # as a finished run leaves it
     command = [sys.executable, "eval/language.py", "--model", model, "--base", model, "--data", world / "test.jsonl"]
-    command += ["--out", out, "--rows", "2", "--max-new-tokens", "4", "--picture-size", "32"]
+    command += ["--out", out, "--rows", "2", "--vqa-rows", "2", "--max-new-tokens", "4"]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
     assert "well-formed tags on generation requests" in done.stdout
     result = json.loads((out / "result.json").read_text())
     assert result["protocol"]["records"] == 2 * len(TASKS)
+    assert result["protocol"]["picture_size"] == 32
     rows = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
     assert {row["system"] for row in rows} == {"tuned", "base"}
     pairs = [row["scores"]["tags_well_formed"] for row in rows if row["kind"] == "generation"]

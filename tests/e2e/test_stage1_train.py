@@ -25,10 +25,12 @@ from llmga.checkpoint import is_complete, latest_checkpoint
 from llmga.config import load_config
 from llmga.run_folder import ResumeError
 from llmga.runtime import RunFailed
+from llmga.stage1.bad_samples import TooManyBadSamples
 from llmga.stage1.config import Stage1Config
-from llmga.stage1.data import TooManyBadSamples
+from llmga.stage1.model import read_picture_shape
 from llmga.stage1.train import train
 from tests.e2e.stage1_run import ROOT, SCRIPT, lines, losses, make_inputs, sample_ids, start, wait_for, weights
+from tests.toy import IMAGE_SIZE_PX
 
 pytestmark = pytest.mark.e2e
 
@@ -175,6 +177,7 @@ def test_the_result_loads_in_plain_transformers_and_knows_its_origin(settings: P
         < model.config.text_config.vocab_size
     )
     assert json.loads((final / "config.json").read_text()).get("use_cache", True) is True
+    assert read_picture_shape(final) == (IMAGE_SIZE_PX, "squash")  # for whoever asks it something
     before = LlavaForConditionalGeneration.from_pretrained(settings.parent / "model").state_dict()
     after = model.state_dict()
     for name in before:
@@ -212,6 +215,45 @@ def test_the_same_batch_in_two_halves_gives_the_same_losses(settings: Path, unbr
     folder = run_dir(settings, elsewhere)
     assert sample_ids(folder) == sample_ids(unbroken)
     assert list(losses(folder).values()) == pytest.approx(list(losses(unbroken).values()), abs=2e-5)
+
+
+def test_packed_it_trains_on_the_same_samples_to_the_same_losses(
+    settings: Path, unbroken: Path, elsewhere: str
+) -> None:
+    folder = train_here(settings, elsewhere, "data.packing=true", "model.cross_entropy=full").parent
+    assert sample_ids(folder) == sample_ids(unbroken)
+    assert list(losses(folder).values()) == pytest.approx(list(losses(unbroken).values()), abs=5e-6)
+    held_out = [
+        [value for line in lines(f / "metrics.jsonl") for key, value in line.items() if key.startswith("eval_")]
+        for f in (folder, unbroken)
+    ]
+    assert len(held_out[0]) == 2 and held_out[0] == pytest.approx(held_out[1], abs=5e-6)
+    counts = [[line["trained_tokens"] for line in lines(f / "metrics.jsonl")[:6]] for f in (folder, unbroken)]
+    assert counts[0] == counts[1]
+
+
+def test_packed_killed_and_run_again_ends_in_the_same_weights(settings: Path, tmp_path: Path) -> None:
+    packed = ("data.packing=true", "run.batch_size=1", "run.accumulation_steps=2", "run.num_workers=1")
+    whole = train_here(settings, *packed, f"run.output_dir={tmp_path / 'whole'}").parent
+    overrides = (*packed, f"run.output_dir={tmp_path / 'killed'}")
+    assert start(settings, *overrides, sabotage=die_in_step_4).wait() == [-signal.SIGKILL]
+    train_here(settings, *overrides)
+    assert_same_result(tmp_path / "killed", whole)
+
+
+@pytest.mark.parametrize("cross_entropy", ["full", "chunked"])
+def test_the_loss_can_be_the_mean_of_means(settings: Path, elsewhere: str, cross_entropy: str) -> None:
+    from llmga.stage1.data import Collator, build_datasets
+    from llmga.stage1.model import add_generation_tags, load_mllm
+
+    overrides = (elsewhere, "run.batch_size=1", "run.accumulation_steps=3", "data.packing=true", "run.max_steps=1")
+    train_here(settings, *overrides, "run.loss_average=micro_batch", f"model.cross_entropy={cross_entropy}")
+    mllm = load_mllm(settings.parent / "model")
+    add_generation_tags(mllm, mllm.tags)
+    data, _ = build_datasets(load_config(Stage1Config, settings), mllm.processor, 12)
+    with torch.no_grad():
+        means = [float(mllm.model(**Collator.of(data)([data[index]])).loss) for index in range(3)]
+    assert losses(run_dir(settings, elsewhere))[1] == pytest.approx(sum(means) / 3, abs=2e-6)
 
 
 def test_bf16_and_epochs_and_the_projector_alone(settings: Path, unbroken: Path, elsewhere: str) -> None:
@@ -345,7 +387,10 @@ def test_unreadable_pictures_stop_the_run_past_the_share(settings: Path, elsewhe
         (world / f"train{number}.png").write_bytes(b"no picture")
     source = f"data.sources=[{{path: {world / 'train.jsonl'}}}]"
     train_here(settings, elsewhere, source, "data.max_bad_share=1", "run.max_steps=12", "data.validation=[]")
-    assert {line["kind"] for line in lines(tmp_path / "run" / "bad_samples.jsonl")} == {"picture"}
+    bad = {line["index"] for line in lines(tmp_path / "run" / "bad_samples.jsonl")}
+    shown = {line["step"]: line["replaced_picture"] for line in lines(tmp_path / "run" / "metrics.jsonl")}
+    assert shown == {step: sum(index < 2 * step for index in bad) for step in range(1, 13)}
+    assert shown[12] == 4  # of 24 rows, each met once
     with pytest.raises(TooManyBadSamples, match=r"data\.max_bad_share"):
         train_here(settings, f"run.output_dir={tmp_path / 'strict'}", source, "run.max_steps=12")
 
@@ -360,6 +405,22 @@ def test_wrong_settings_are_told_together_before_torch_is_imported(settings: Pat
     assert result.returncode == 2
     assert "did you mean" in result.stderr and "precision" in result.stderr and "optim.lr" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_kernels_that_are_not_there_and_attention_that_cannot_pack_are_named(
+    settings: Path,
+) -> None:
+    from llmga.config import ConfigError
+    from llmga.stage1.arithmetic import set_arithmetic
+
+    with pytest.raises(ConfigError, match=r"model\.liger.*liger-kernel, which is not installed; pip install"):
+        load_config(Stage1Config, settings, ["model.liger=true"])
+    with pytest.raises(ConfigError, match="eager attention cannot keep packed conversations apart; use sdpa"):
+        load_config(Stage1Config, settings, ["data.packing=true", "model.attention=eager"])
+    if not torch.cuda.is_available():
+        cfg = load_config(Stage1Config, settings, ["model.liger=true"], check_machine=False)
+        with pytest.raises(ValueError, match=r"model\.liger needs a CUDA device and none is visible"):
+            set_arithmetic(None, cfg)
 
 
 def test_a_row_that_cannot_be_trained_on_is_named_in_one_sentence(settings: Path, elsewhere: str) -> None:
@@ -385,4 +446,5 @@ def test_wandb_offline_receives_our_figures(settings: Path, elsewhere: str, monk
         received = dict(wandb.run.summary)
     finally:
         wandb.finish()
-    assert {"train/loss", "train/tokens_per_s", "train/lr", "eval/pictures_loss"} <= received.keys()
+    expected = {"train/loss", "train/tokens_per_s", "train/lr", "train/replaced_picture", "train/replaced_too_long"}
+    assert {*expected, "eval/pictures_loss"} <= received.keys()

@@ -8,7 +8,6 @@ import pytest
 
 from llmga.checkpoint import (
     MARKER,
-    atomic_write,
     checkpoint_path,
     checkpoint_step,
     is_complete,
@@ -20,6 +19,7 @@ from llmga.checkpoint import (
     remove_incomplete,
     write_folder_atomically,
 )
+from llmga.files import atomic_write
 
 
 def make_checkpoint(output_dir: Path, step: int, complete: bool = True) -> Path:
@@ -122,3 +122,16 @@ def test_files_of_a_finished_folder_are_as_open_as_the_umask_says(tmp_path: Path
     with write_folder_atomically(final) as aside:
         (aside / "weights.safetensors").touch(mode=0o600)
     assert (final / "weights.safetensors").stat().st_mode & 0o777 == final.stat().st_mode & 0o666
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_only_a_durable_folder_waits_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
+) -> None:
+    waited: list[int] = []
+    monkeypatch.setattr("os.fsync", waited.append)
+    with write_folder_atomically(tmp_path / "world", durable=durable) as aside:
+        for number in range(5):
+            (aside / f"{number}.png").write_bytes(b"picture")
+    assert len(list((tmp_path / "world").iterdir())) == 5
+    assert len(waited) == (6 if durable else 0)  # the files and the folder they appear in

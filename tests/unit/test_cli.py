@@ -3,6 +3,7 @@
 Run: pytest tests/unit/test_cli.py
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -38,7 +39,9 @@ def test_help_answers_in_half_a_second() -> None:
     assert min(seconds) < 0.5
 
 
-@pytest.mark.parametrize("command", ["stage1", "preview", "config", "world", "ask"])
+@pytest.mark.parametrize(
+    "command", ["stage1", "plan", "preflight", "preview", "config", "check", "world", "ask", "merge"]
+)
 def test_every_command_explains_itself(command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == EXIT_OK and "Usage: llmga " + command in out
@@ -56,7 +59,7 @@ def test_config_prints_what_loads_again_as_the_same(tmp_path: Path) -> None:
     assert again == load_config(Stage1Config, Path(TOY), overrides, check_machine=False)
 
 
-@pytest.mark.parametrize("command", ["stage1", "preview", "config"])
+@pytest.mark.parametrize("command", ["stage1", "plan", "preflight", "preview", "config"])
 def test_bad_settings_are_one_report_and_exit_code_2(command: str) -> None:
     code, out, err = run(command, TOY, "run.max_stps=7", "optim.lr=fast")
     assert (code, out) == (EXIT_BAD_INPUT, "")
@@ -79,6 +82,8 @@ def test_ask_prints_the_reply_and_nothing_else(tmp_path: Path) -> None:
     from llmga.stage1.reply import Prompt, generate_replies
 
     folder = toy_mllm_folder(tmp_path / "model")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "picture_size": 40, "picture_mode": "crop"}))
     picture = Image.new("RGB", (48, 32), "red")
     picture.save(tmp_path / "red.png")
     options = ["--model", str(folder), "--max-new-tokens", "6"]
@@ -86,7 +91,8 @@ def test_ask_prints_the_reply_and_nothing_else(tmp_path: Path) -> None:
         (str(tmp_path / "red.png"), Prompt([Turn("user", "What is this?", has_picture=True)], picture)),
         ("-", Prompt([Turn("user", "What is this?")])),
     ]:
-        [reply] = generate_replies(load_mllm(folder), [prompt], max_new_tokens=6)
+        shape = {"picture_size": 40, "picture_mode": "crop"}  # what `ask` must find in the folder
+        [reply] = generate_replies(load_mllm(folder), [prompt], max_new_tokens=6, **shape)
         assert run("ask", name, "What is this?", *options)[:2] == (EXIT_OK, reply + "\n")
 
 

@@ -214,6 +214,70 @@ def test_files_that_are_no_settings(tmp_path: Path) -> None:
         load("", tmp_path=tmp_path)
 
 
+# ---------------------------------------------------------------- a file that builds on another
+
+
+def load_with_base(base: str, text: str, *overrides: str, tmp_path: Path) -> WholeConfig:
+    (tmp_path / "shared").mkdir(exist_ok=True)
+    (tmp_path / "shared" / "below.yaml").write_text(base)
+    return load("base: shared/below.yaml\n" + text, *overrides, tmp_path=tmp_path)
+
+
+def test_a_base_gives_what_the_file_does_not_say(tmp_path: Path) -> None:
+    base = (
+        "run: {output_dir: a, seed: 3}\noptim: {lr: 1e-3, eps: 1e-6}\nparts: [{path: a, weight: 2}, {path: b}]\nsize: 9"
+    )
+    config = load_with_base(base, "optim: {lr: 1e-4}\nparts: [{path: c}]\nmain: {path: d}", "size=7", tmp_path=tmp_path)
+    assert (config.run.output_dir, config.run.seed) == (Path("a"), 3)
+    assert (config.optim.lr, config.optim.eps, config.size) == (1e-4, 1e-6, 7)
+    assert config.parts == [PartConfig(path=Path("c"))] and config.main == PartConfig(path=Path("d"))
+
+
+def test_a_mistake_is_told_with_the_file_it_stands_in(tmp_path: Path) -> None:
+    base = "run: {output_dir: a}\nsize: big\nparts:\n  - path: a\n    wieght: 1\noptim:\n  lr: slow\n  eps: 0"
+    with pytest.raises(ConfigError) as caught:
+        load_with_base(base, "colour: 3\noptim:\n  lr: fast", tmp_path=tmp_path)
+    below = tmp_path / "shared" / "below.yaml"
+    found = {line.partition(": ")[0] for line in caught.value.mistakes}
+    assert found == {
+        f"size (line 2 of {below})",
+        f"parts.0.wieght (line 5 of {below})",
+        f"optim.eps (line 8 of {below})",
+        "optim.lr (line 4)",
+        "colour (line 2)",
+    }
+
+
+def test_lines_of_a_list_that_was_replaced_are_forgotten(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_with_base("run: {output_dir: a}\nparts: [{path: a}]", "parts:\n  - weight: 1", tmp_path=tmp_path)
+    assert caught.value.mistakes == ("parts.0.path (line 3): missing, and it has no default",)
+
+
+@pytest.mark.parametrize(
+    ("base", "complaint"),
+    [
+        (
+            "base: other.yaml\nsize: 3",
+            "base (line 1): .*below.yaml has a base of its own; one file may build on one other",
+        ),
+        ("- 1", r"base \(line 1\): .*below.yaml holds \[1\], expected sections"),
+        ("size: [", "below.yaml: 1 mistake\n  line 1, column 8: not YAML"),
+    ],
+)
+def test_a_base_that_cannot_be_one(base: str, complaint: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=complaint.replace("base (line 1)", r"base \(line 1\)")):
+        load_with_base(base, RUN, tmp_path=tmp_path)
+
+
+def test_a_base_that_is_not_there(tmp_path: Path) -> None:
+    (line,) = mistakes("base: shared/llmga.yaml\n" + RUN, tmp_path=tmp_path)
+    assert line.startswith(f"base (line 1): {tmp_path}/shared/llmga.yaml does not exist")
+    assert line.endswith(f"; it counts from {tmp_path}")
+    (line,) = mistakes("base: 3\n" + RUN, tmp_path=tmp_path)
+    assert line.startswith("base (line 1): found 3, expected a YAML file")
+
+
 def test_steps_decide_when_given_else_epochs() -> None:
     def length(*overrides: str) -> tuple[int | None, float | None]:
         run = load_config(WholeConfig, None, ["run.output_dir=x", *overrides]).run
@@ -277,6 +341,23 @@ def test_a_sound_stage1_config(stage1_files: list[str]) -> None:
         (["model.attention=flash_attention_2", "run.precision=fp32"], "model.attention .*, run.precision .*bf16 only"),
         (["model.path=/no/where"], "model.path .*: /no/where is no such folder, expected a LLaVA model"),
         (["model.path=."], "model.path .*: . is a folder without config.json"),
+        (["model.llm=."], "model.path .*, model.llm .*: found path together with llm; give a whole model"),
+        (["model.path=null"], "model.path .*: found neither path nor parts, expected path, or llm and vision_tower"),
+        (["model.path=null", "model.llm=."], "found llm, expected path, or llm and vision_tower"),
+        (
+            ["model.path=null", "model.llm=/no", "model.vision_tower=/no"],
+            "model.llm .*: /no is no such folder, expected a",
+        ),
+        (["model.path=null", "model.llm=/no", "model.vision_tower=."], "expected a CLIP or SigLIP model saved by"),
+        (["model.path=null", "model.projector=/no/p.bin"], "model.projector .*: /no/p.bin does not exist"),
+        (["model.chat_template=vicunna"], "model.chat_template .*: found vicunna, expected one of .*mean 'vicuna'"),
+        (["model.system_prompt=/no/where.txt"], "model.system_prompt .*: /no/where.txt does not exist"),
+        (["model.lora.rank=0"], "model.lora.rank .*: found 0, expected greater than or equal to 1"),
+        (
+            ["model.lora.rank=8", "model.trainable=projector"],
+            "model.lora.*, model.trainable .*: adapters train the LLM",
+        ),
+        (["model.quantize=nf4"], "model.quantize .*, model.lora.*: nf4 weights cannot be trained themselves; add lora"),
         (["data.sources=[]"], "data.sources .*: found an empty list, expected at least one source"),
         (["data.sources.0.weight=0"], "data.sources .*: every weight is 0"),
         (["data.sources.0.weight=-1"], "data.sources.0.weight .*: found -1, expected greater than or equal to 0"),
@@ -316,13 +397,68 @@ def test_deepspeed_may_not_name_another_precision(stage1_files: list[str], tmp_p
     assert load_config(Stage1Config, None, overrides).run.deepspeed == file
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs/stage1").glob("*.yaml")), ids=lambda path: path.name)
+def test_four_bits_need_bitsandbytes(stage1_files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = [*stage1_files, "model.quantize=nf4", "model.lora.rank=8"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"nf4 needs the package bitsandbytes, which is not installed; pip install"):
+        load_config(Stage1Config, None, overrides)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert load_config(Stage1Config, None, overrides).model.lora is not None
+
+
+def test_what_adapters_cannot_do_under_zero3(stage1_files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    zero2, zero3 = (f"run.deepspeed={REPOSITORY / 'configs/deepspeed' / f'zero{stage}.json'}" for stage in (2, 3))
+    lora = [*stage1_files, "model.lora.rank=8"]
+    with pytest.raises(
+        ConfigError, match=r"rows of added tags cannot be trained beside adapters under ZeRO-3; set tags"
+    ):
+        load_config(Stage1Config, None, [*lora, zero3])
+    with pytest.raises(ConfigError, match=r"nf4 weights cannot be spread by ZeRO-3; give a DeepSpeed file of stage 2"):
+        load_config(Stage1Config, None, [*lora, zero3, "model.quantize=nf4", "model.tags=text"])
+    for sound in ([zero2], [zero2, "model.quantize=nf4"], [zero3, "model.tags=text"]):
+        load_config(Stage1Config, None, [*lora, *sound])
+
+
+STAGE1_CONFIGS = REPOSITORY / "configs/stage1"
+RECIPES = sorted(path for path in STAGE1_CONFIGS.rglob("*.yaml") if path.parent.name != "shared")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(STAGE1_CONFIGS)))
 def test_every_stage1_config_of_the_repository_loads(path: Path) -> None:
     load_config(Stage1Config, path, check_machine=False)
-    assert "Run: make " in path.read_text().splitlines()[0]
+    first_line = path.read_text().splitlines()[0]
+    assert "Run: make " in first_line
+    assert "CONFIG=" not in first_line or f"CONFIG={path.relative_to(REPOSITORY)}" in first_line
 
 
-@pytest.mark.parametrize("name", ["zero2.json", "zero3.json"])
+def test_published_settings() -> None:
+    """The figures of the published runs, by base model: examples a step, forward passes, and what learns."""
+
+    def read(name: str) -> Stage1Config:
+        return load_config(Stage1Config, STAGE1_CONFIGS / f"{name}.yaml", check_machine=False)
+
+    names = [path.stem for path in (STAGE1_CONFIGS / "projector").glob("*.yaml")]
+    assert len(names) == 9
+    for name in names:
+        tuned, projector = read(name), read(f"projector/{name}")
+        smaller = name in ("llama3_8b", "qwen2_7b", "gemma_2b")
+        assert (tuned.run.batch_size, tuned.run.accumulation_steps) == ((2, 8) if smaller else (4, 4))
+        assert (projector.run.batch_size, projector.run.accumulation_steps) == (8, 4)
+        assert (tuned.optim.lr, projector.optim.lr) == (2e-5, 1e-3)
+        assert (tuned.model.trainable, projector.model.trainable) == ("projector+llm", "projector")
+        assert tuned.model.llm == projector.model.llm
+        assert tuned.model.projector == projector.run.output_dir / "final"
+        for config in (tuned, projector):
+            optim, run = config.optim, config.run
+            assert (optim.betas, optim.eps, optim.weight_decay) == ((0.9, 0.999), 1e-8, 0)
+            assert (optim.schedule, optim.warmup, optim.max_grad_norm) == ("cosine", 0.03, 0)
+            assert (run.epochs, run.precision, run.gradient_checkpointing) == (1, "bf16", True)
+            assert run.loss_average == "micro_batch"
+            assert (config.data.max_length, run.deepspeed) == (2048, Path("configs/deepspeed/zero3.json"))
+
+
+@pytest.mark.parametrize("name", ["zero2.json", "zero3.json", "zero3_offload.json"])
 def test_deepspeed_files_fit_both_precisions(name: str, stage1_files: list[str]) -> None:
     for precision in ("bf16", "fp32"):
         overrides = [f"run.deepspeed={REPOSITORY / 'configs/deepspeed' / name}", f"run.precision={precision}"]

@@ -4,6 +4,7 @@ Run: pytest tests/unit/test_make.py
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,11 +16,27 @@ DATA_STEP = "data_tools/build_world.py --out data/toy"
 
 
 def dry_make(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """What make would run; without the settings of a make that may be running this test."""
-    settings = ("MAKE", "MFLAGS", "MASTER_", "NODE", "NPROC", "SLURM_", "ARGS", "CONFIG")
+    """What make would run."""
+    return make("-n", *arguments)
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run make without the settings of a make that may be running this test."""
+    settings = (
+        "MAKE",
+        "MFLAGS",
+        "MASTER_",
+        "NODE",
+        "NPROC",
+        "SLURM_",
+        "ARGS",
+        "CONFIG",
+        "LAUNCH",
+        "HOSTFILE",
+        "TORCH_",
+    )
     environment = {name: value for name, value in os.environ.items() if not name.startswith(settings)}
-    command = ["make", "-n", *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    return subprocess.run(["make", *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -28,34 +45,32 @@ def dry_make(*arguments: str) -> subprocess.CompletedProcess[str]:
         ([], ".venv/bin/python scripts/train_stage1.py configs/stage1/toy.yaml"),
         (
             ["NPROC=8", "ARGS=optim.lr=1e-5 run.seed=1"],
-            ".venv/bin/python -m torch.distributed.run --standalone --nproc_per_node=8 scripts/train_stage1.py "
-            "configs/stage1/toy.yaml optim.lr=1e-5 run.seed=1",
+            ".venv/bin/python -m torch.distributed.run --standalone --nproc_per_node=8 --shutdown_timeout=900 "
+            "scripts/train_stage1.py configs/stage1/toy.yaml optim.lr=1e-5 run.seed=1",
         ),
         (
             ["CONFIG=configs/stage1/x.yaml", "NPROC=8", "NODES=2", "MASTER_ADDR=first", "NODE_RANK=1"],
-            ".venv/bin/python -m torch.distributed.run --nnodes=2 --nproc_per_node=8 --node_rank=1 --master_addr=first "
-            "--master_port=29500 scripts/train_stage1.py configs/stage1/x.yaml",
+            ".venv/bin/python -m torch.distributed.run --nnodes=2 --nproc_per_node=8 --shutdown_timeout=900 "
+            "--node_rank=1 --master_addr=first --master_port=29500 scripts/train_stage1.py configs/stage1/x.yaml",
         ),
         (
-            ["NODES=2", "MASTER_ADDR=first", "SLURM_NODEID=0"],
-            ".venv/bin/python -m torch.distributed.run --nnodes=2 --nproc_per_node=1 --node_rank=0 --master_addr=first "
-            "--master_port=29500 scripts/train_stage1.py configs/stage1/toy.yaml",
-        ),
-        (
-            ["NODES=2", "MASTER_ADDR=first"],
-            ".venv/bin/python -m torch.distributed.run --nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d "
-            "--rdzv_endpoint=first:29500 --rdzv_id=llmga scripts/train_stage1.py configs/stage1/toy.yaml",
+            ["NPROC=4", "NODES=2", "LAUNCHER=slurm", "LAUNCH_ARGS=--partition=gpu --time=8:00:00"],
+            "srun --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 --kill-on-bad-exit=1 --partition=gpu --time=8:00:00 "
+            ".venv/bin/python scripts/train_stage1.py configs/stage1/toy.yaml",
         ),
     ],
 )
-def test_the_launch_line(arguments: list[str], launch: str) -> None:
-    printed = dry_make("stage1", *arguments)
+def test_the_launch_line_can_be_asked_for_and_is_what_stage1_starts(arguments: list[str], launch: str) -> None:
+    printed = make("launch-line", *arguments)
     assert printed.returncode == 0, printed.stderr
-    assert printed.stdout.strip().splitlines()[-1].strip() == launch
+    assert printed.stdout == launch + "\n"
+    asked = dry_make("launch-line", *arguments).stdout.strip().splitlines()[-1]
+    started = dry_make("stage1", *arguments).stdout.strip().splitlines()[-1]
+    assert asked.partition(" ")[2].replace("--dry-run ", "") == started.partition(" ")[2]
 
 
 def test_several_machines_must_be_told_where_to_meet() -> None:
-    refused = dry_make("stage1", "NODES=2")
+    refused = make("launch-line", "NODES=2")
     assert refused.returncode != 0
     assert "NODES=2 needs MASTER_ADDR" in refused.stderr
 
@@ -70,7 +85,8 @@ def test_toy_data_is_built_only_for_a_config_that_reads_it(tmp_path: Path) -> No
 
 def test_make_alone_lists_the_commands() -> None:
     listed = subprocess.run(["make"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-    for command in ("stage1", "test", "unit", "check", "toy-base", "toy-tuned", "preview", "eval", "clean"):
+    commands = "stage1 test unit check toy-base toy-tuned preview eval clean preflight launch-line"
+    for command in commands.split():
         assert f"make {command} " in listed
 
 
@@ -169,3 +185,13 @@ def test_setup_that_failed_is_not_taken_for_done(clone: Path) -> None:
         failed = set_up(clone)
         assert failed.returncode == 1
         assert "no such package" in failed.stderr and "pip could not install the packages" in failed.stderr
+
+
+def test_the_lines_in_the_docs_are_those_that_are_printed() -> None:
+    shown = (REPOSITORY / "docs" / "cluster.md").read_text().splitlines()
+    lines = [(shlex.split(line)[2:], shown[i + 1]) for i, line in enumerate(shown) if line.startswith("$ make launch")]
+    assert len(lines) >= 6
+    for arguments, printed in lines:
+        assert make(*arguments).stdout == printed + "\n"
+    submitted = [line.split()[2] for line in shown if line.startswith("$ sbatch")]
+    assert submitted and all((REPOSITORY / script).is_file() for script in submitted)

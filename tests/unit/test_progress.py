@@ -20,6 +20,9 @@ def test_figures_that_are_there_come_in_a_fixed_order() -> None:
         {"eta_s": 200, "lr": 2e-5, "tokens_per_s": 12345.6, "loss": 1.5, "grad_norm": 0.25, "cuda_gb": 40}
     )
     assert line == "loss 1.5000  lr 2.00e-05  gradient 0.25  12,346 tokens/s  40.00 GB  3m20s left"
+    assert figures_line({"loss": 1.0, "replaced_picture": 0, "replaced_too_long": 0}) == "loss 1.0000"
+    line = figures_line({"loss": 1.0, "eta_s": 9, "replaced_picture": 3, "replaced_too_long": 1})
+    assert line == "loss 1.0000  9s left  replaced: 3 picture, 1 too long"
     assert figures_line({"eval_toy_loss": 2.0}) == "held out toy_loss 2.0000"
 
 

@@ -159,6 +159,12 @@ def test_editing_takes_the_caption_where_there_is_no_picture(tmp_path: Path) -> 
             ["And?", "Sky."],
             "empty turn dropped with its partner",
         ),
+        ([("human", "<image>"), ("gpt", "A kite.")], ["", "A kite."], None),
+        (
+            [("human", "<image>"), ("gpt", "A kite."), ("human", ""), ("gpt", "Sky.")],
+            ["", "A kite."],
+            "empty turn dropped with its partner",
+        ),
         (
             [("system", "Be brief."), ("human", "<image>\nWhat?"), ("gpt", "A kite.")],
             ["What?", "A kite."],

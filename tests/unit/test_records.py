@@ -447,6 +447,9 @@ def test_a_whole_record_has_no_problem_and_each_lack_is_one(task: str) -> None:
         ("qa", {"messages": TURNS[1:]}, r"messages\[0\] is from 'assistant', expected 'user'"),
         ("qa", {"messages": TURNS[:1]}, "the last question has no answer"),
         ("qa", {"messages": [TURNS[0], {"role": "assistant", "content": " "}]}, r"messages\[1\] is empty"),
+        ("qa", {"messages": [{"role": "user", "content": ""}, TURNS[1]]}, r"messages\[0\] is empty"),
+        ("vqa", {"messages": [{"role": "user", "content": ""}, TURNS[1]]}, None),  # the picture is the question
+        ("vqa", {"messages": [*TURNS, {"role": "user", "content": ""}, TURNS[1]]}, r"messages\[2\] is empty"),
     ],
 )
 def test_problems_are_told_one_by_one(task: str, change: dict[str, Any], problem: str | None) -> None:

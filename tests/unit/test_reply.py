@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from llmga.images import fit_picture
+from llmga.images import PictureMode, fit_picture
+from llmga.stage1.added_tokens import add_generation_tags
 from llmga.stage1.conversation import ConversationError, Turn, encode_prompt
-from llmga.stage1.model import Mllm, add_generation_tags, set_trainable
+from llmga.stage1.model import Mllm, set_trainable
 from llmga.stage1.pixels import PixelEncoder
 from llmga.stage1.reply import Prompt, PromptError, _drawn, generate_replies, stop_ids
 from llmga.tokens import GEN_IMG
@@ -107,18 +109,30 @@ def test_a_picture_changes_the_reply_and_no_prompt_is_no_reply() -> None:
     assert generate_replies(mllm, []) == []
 
 
-@pytest.mark.parametrize(("size", "mode"), [(48, "squash"), (64, "crop"), (None, "squash")])
-def test_pixels_are_those_of_training(size: int | None, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("trained", "asked", "size", "mode"),
+    [
+        (None, {}, 90, "squash"),
+        (None, {"picture_size": 64, "picture_mode": "crop"}, 64, "crop"),
+        ((48, "pad"), {}, 48, "pad"),
+        ((48, "pad"), {"picture_size": 64}, 64, "pad"),
+    ],
+)
+def test_pixels_are_those_of_training(
+    trained: tuple[int, PictureMode] | None, asked: dict[str, Any], size: int, mode: PictureMode
+) -> None:
     mllm = talkative_mllm()
+    if trained:
+        mllm.write_picture_shape(*trained)
     photo = picture(5, width=90, height=70)
-    expected = PixelEncoder(mllm.processor.image_processor)(fit_picture(photo, size or 90, mode))  # type: ignore[arg-type]
+    expected = PixelEncoder(mllm.processor.image_processor)(fit_picture(photo, size, mode))
     seen = []
     hook = mllm.model.model.vision_tower.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs.get("pixel_values", args[0] if args else None)),
         with_kwargs=True,
     )
     prompt = Prompt([Turn("user", "a", has_picture=True)], photo)
-    generate_replies(mllm, [prompt], max_new_tokens=2, picture_size=size, picture_mode=mode)  # type: ignore[arg-type]
+    generate_replies(mllm, [prompt], max_new_tokens=2, **asked)
     hook.remove()
     [pixels] = seen  # once, not at every token
     np.testing.assert_array_equal(pixels[0].numpy(), expected)

@@ -1,5 +1,6 @@
 """Signals become flags, logs survive crashes and resumes, and a run can say where it ran."""
 
+import ast
 import json
 import os
 import random
@@ -29,6 +30,8 @@ from llmga.runtime import (
     seed_everything,
     sum_over_ranks,
     tracker_names,
+    without_zero3,
+    zero3_is_on,
 )
 
 
@@ -124,18 +127,55 @@ def test_ranks_are_read_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("SLURM_LOCALID", "1")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     monkeypatch.setenv("MASTER_ADDR", "node1")
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")  # so that monkeypatch restores them
         monkeypatch.delenv(name)
-    assert runtime._ranks_from_environment() == Ranks(5, 1, 8)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    assert runtime.ranks_from_environment() == Ranks(5, 1, 8)
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("node1", "29500")
+
+
+def test_tasks_of_srun_need_no_meeting_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores them
         monkeypatch.delenv(name)
+    step = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8"}
+    for name, value in {**step, "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_JOB_ID": "17"}.items():
+        monkeypatch.setenv(name, value)
+    assert runtime.ranks_from_environment() == Ranks(5, 1, 8)
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu03", "20017")
 
 
 def test_one_process_agrees_with_itself() -> None:
     assert (any_rank(True), any_rank(False)) == (True, False)
     assert sum_over_ranks([1.5, 2]) == [1.5, 2.0]
     assert from_main({"step": 3}) == {"step": 3}
+
+
+def test_zero3_is_out_of_the_way_for_one_rank_and_back_again() -> None:
+    from transformers.integrations import HfDeepSpeedConfig
+
+    assert not zero3_is_on()
+    alive = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # as the Trainer's arguments hold one
+    assert zero3_is_on()
+    with pytest.raises(OSError, match="full"), without_zero3():
+        assert not zero3_is_on()
+        raise OSError("the disk is full")
+    assert zero3_is_on()
+    del alive
+    with without_zero3():
+        assert not zero3_is_on()
+
+
+def test_deepspeed_enters_at_one_door() -> None:
+    package = Path(runtime.__file__).parent
+    importers = set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            if not module.startswith("llmga") and "deepspeed" in " ".join([module, *names]):  # transformers' part, too
+                importers.add(path.relative_to(package).as_posix())
+    assert importers == {"runtime.py"}
 
 
 def test_a_missing_tracker_is_named_with_the_way_out() -> None:

@@ -11,16 +11,9 @@ from torch.utils.data import DataLoader
 
 from llmga.config import RunConfig
 from llmga.records import Record, write_manifest
+from llmga.stage1.bad_samples import BAD_SAMPLES_FILE, BadSampleBudget
 from llmga.stage1.config import DataConfig, ModelConfig, SourceConfig, Stage1Config
-from llmga.stage1.data import (
-    BAD_SAMPLES_FILE,
-    MAX_NEIGHBOURS,
-    BadSampleBudget,
-    Collator,
-    SampleError,
-    TooManyBadSamples,
-    build_datasets,
-)
+from llmga.stage1.data import MAX_NEIGHBOURS, Collator, SampleError, build_datasets
 from llmga.stage1.sources import SourceError, open_sources
 from llmga.tokens import IGNORE_INDEX
 from tests.toy import IMAGE_SIZE_PX, NUM_IMAGE_TOKENS, toy_llava, toy_processor
@@ -130,6 +123,18 @@ def test_labels_train_answers_only_and_pictures_keep_all_their_tokens(world, pro
         assert all(example["labels"][k] == IGNORE_INDEX for k in placeholders)
         trained = processor.tokenizer.decode([label for label in example["labels"] if label != IGNORE_INDEX])
         assert trained.endswith("<|end|>") and ("caption" in trained or trained == "because.<|end|>")
+
+
+def test_a_question_that_is_only_a_picture_trains_its_answer(processor, world, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMGA_CACHE_DIR", str(tmp_path / "cache"))
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a kite"}]
+    (world / "llava.json").write_text(json.dumps([{"image": "0.png", "conversations": turns}]))
+    source = SourceConfig(path=world / "llava.json", format="llava")
+    example = train_set(world, processor, total=1, sources=[source])[0]
+    assert example["input_ids"].count(processor.image_token_id) == NUM_IMAGE_TOKENS
+    trained = processor.tokenizer.decode([label for label in example["labels"] if label != IGNORE_INDEX])
+    assert trained == "a kite<|end|>"
+    assert example["pixel_values"].shape == (3, IMAGE_SIZE_PX, IMAGE_SIZE_PX)
 
 
 # ---------------------------------------------------------------- which rows
@@ -242,7 +247,7 @@ def test_long_examples_are_replaced_whole_or_refused(world, processor):
     assert all(len(dataset[i]["input_ids"]) <= 100 for i in range(6))
     (entry,) = logged(log)
     assert (entry["kind"], entry["id"], entry["picture"]) == ("too_long", "long", None)
-    assert BadSampleBudget(log, max_share=0.0).counts(6) == {"too_long": 1}
+    assert BadSampleBudget(log, max_share=0.0, total=6).counts(6) == {"too_long": 1}
     strict = train_set(world, processor, total=6, max_length=100, too_long="error", **only(world, "mixed.jsonl"))
     with pytest.raises(SampleError, match=r"mixed.jsonl:6: record 'long' has 3\d\d tokens.*data.too_long=drop"):
         [strict[i] for i in range(6)]
@@ -262,53 +267,6 @@ def test_a_record_that_trains_nothing_is_an_error_with_its_place(world, processo
     write_manifest(world / "one.jsonl", [record])
     with pytest.raises(SampleError, match=rf"one.jsonl:1: {match}"):
         train_set(world, processor, **only(world, "one.jsonl"))[0]
-
-
-# ---------------------------------------------------------------- the budget
-
-
-def write_bad(path: Path, indices: list[int], kind: str = "picture", name: str = "train") -> None:
-    with open(path, "a") as file:
-        for index in indices:
-            entry = {"set": name, "index": index, "kind": kind, "path": "m.jsonl", "row": 7, "id": "x"}
-            file.write(json.dumps({**entry, "picture": "a.png", "reason": "the file is empty"}) + "\n")
-
-
-def test_the_budget_ends_a_run_past_the_allowed_share(tmp_path):
-    path = tmp_path / BAD_SAMPLES_FILE
-    budget = BadSampleBudget(path, max_share=0.01)
-    budget.check(seen=10)  # no file yet
-    write_bad(path, [3])
-    budget.check(seen=10)  # one is free
-    write_bad(path, [3, 3, 1000])  # met again after a resume; logged ahead by a worker
-    budget.check(seen=10)
-    write_bad(path, [150, 151])
-    budget.check(seen=300)  # 3 of 300: just allowed
-    with pytest.raises(
-        TooManyBadSamples,
-        match=r"3 of the first 299 .*data.max_bad_share = 0.01.*bad_samples.jsonl.*a.png \(m.jsonl row 7",
-    ):
-        budget.check(seen=299)
-
-
-def test_the_budget_counts_neither_long_examples_nor_held_out_ones(tmp_path):
-    path = tmp_path / BAD_SAMPLES_FILE
-    write_bad(path, [0, 1, 2], kind="too_long")
-    write_bad(path, [0, 1, 2], name="validation toy")
-    budget = BadSampleBudget(path, max_share=0.0)
-    budget.check(seen=10)
-    assert budget.counts(10) == {"too_long": 3}
-
-
-def test_the_budget_waits_for_a_line_that_is_half_written(tmp_path):
-    path = tmp_path / BAD_SAMPLES_FILE
-    write_bad(path, [1, 2])
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-10])
-    budget = BadSampleBudget(path, max_share=0.0)
-    assert budget.counts(10) == {"picture": 1}
-    path.write_bytes(whole)
-    assert budget.counts(10) == {"picture": 2}
 
 
 # ---------------------------------------------------------------- batches

@@ -1,0 +1,31 @@
+"""How a loaded model computes: attention of packed rows, loss, fused kernels. What it computes does not change."""
+
+import torch
+from transformers import LlavaForConditionalGeneration
+from transformers.integrations.liger import apply_liger_kernel
+
+from llmga.runtime import RuntimeSetupError
+from llmga.stage1.config import Stage1Config
+from llmga.stage1.cross_entropy import use_chunked_cross_entropy
+from llmga.stage1.packed_attention import use_packed_sdpa
+
+
+def set_arithmetic(model: LlavaForConditionalGeneration, cfg: Stage1Config) -> None:
+    """Apply the settings of a run to its model, whose vocabulary has its final size by now.
+
+    Raises:
+        RuntimeSetupError: Liger's kernels were asked for on a machine without CUDA.
+    """
+    if cfg.model.liger:
+        if not torch.cuda.is_available():
+            raise RuntimeSetupError("model.liger needs a CUDA device and none is visible; set model.liger=false")
+        # Norms, rotary embedding and MLP of the LLM. Its loss is left out: it would exchange LLaVA's own forward.
+        losses_left_out = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+        apply_liger_kernel(model.model.language_model, losses_left_out)
+    if cfg.data.packing and cfg.model.attention == "sdpa":
+        use_packed_sdpa(model.model.language_model)
+    if cfg.model.cross_entropy == "chunked":
+        use_chunked_cross_entropy(model)
+    # The Trainer divides by the trained tokens of a whole step when the model takes that number, else takes the mean
+    # of the means of its forward passes, as the published code did.
+    model.accepts_loss_kwargs = cfg.run.loss_average == "token"

@@ -1,0 +1,114 @@
+"""What is wrong with a model folder, in one sentence and before anything is trained on it."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+if TYPE_CHECKING:
+    from llmga.stage1.model import Mllm
+
+
+class ModelError(ValueError):
+    """A model folder that cannot be used; the sentence says what was found and what to do."""
+
+
+def refuse_misfit(path: Path, config: Any, info: Mapping[str, Any], may_be_left_over: bool = False) -> None:
+    """Raise unless every weight of a model came from its folder.
+
+    Args:
+        config: of the model; its text config is asked where there is one.
+        info: what `from_pretrained(output_loading_info=True)` returned.
+        may_be_left_over: the folder may hold more than this model.
+    Raises:
+        ModelError: with the way out where the cause can be told.
+    """
+    problems = {
+        kind: sorted(map(str, names))
+        for kind, names in info.items()
+        if names and not (may_be_left_over and kind == "unexpected_keys")
+    }
+    if not problems:
+        return
+    found = "; ".join(f"{len(names)} {kind}, first {names[0]}" for kind, names in problems.items())
+    text = config.get_text_config()
+    way_out = "convert or download the folder again"
+    if "missing_keys" in problems and all(name.endswith("lm_head.weight") for name in problems["missing_keys"]):
+        way_out = "if head and embedding are one in this model, set tie_word_embeddings to true there"
+    resized = [item for item in info.get("mismatched_keys", ()) if "embed_tokens" in item[0] or "lm_head" in item[0]]
+    if resized and len(resized) == len(problems.get("mismatched_keys", ())):
+        way_out = f"the weights have {resized[0][1][0]} rows, so set vocab_size (now {text.vocab_size}) to that there"
+    raise ModelError(
+        f"{path}: the weights do not fit config.json, which says model_type {config.model_type!r} ({found}); {way_out}"
+    )
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' table of keys: `refuse_misfit` says in one sentence what is wrong, if anything is."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def explaining_attention(path: Path, attention: str | None) -> Iterator[None]:
+    """Some LLMs (Gemma 2) know no attention but the plain one; transformers says so at length."""
+    try:
+        yield
+    except ValueError as error:
+        if attention is None or "attention implementation" not in str(error):
+            raise
+        raise ModelError(
+            f"{path}: this model cannot compute {attention} attention; set model.attention to eager"
+        ) from error
+
+
+def check_placeholder(mllm: "Mllm", path: Path) -> None:
+    """`LlavaProcessor` takes the first piece of `<image>` for the placeholder, silently, when it is no token."""
+    token, rows = mllm.processor.image_token, mllm.model.config.text_config.vocab_size
+    pieces = mllm.tokenizer.encode(token, add_special_tokens=False)
+    if pieces != [mllm.image_token_id] or mllm.tokenizer.convert_tokens_to_ids(token) != pieces[0]:
+        raise ModelError(
+            f"{path}: the tokenizer reads {token} as ids {pieces}, expected the one id {mllm.image_token_id} of "
+            "config.json (image_token_index); add it to the tokenizer as a special token"
+        )
+    if pieces[0] >= rows:
+        raise ModelError(f"{path}: {token} has id {pieces[0]}, but the embedding has {rows} rows; resize it first")
+
+
+def has_class_token(vision_tower: nn.Module) -> bool:
+    """Whether a tower speaks with one token more than it has patches, as CLIP does and SigLIP does not."""
+    config = vision_tower.config
+    patches = (config.image_size // config.patch_size) ** 2
+    return vision_tower.embeddings.position_embedding.num_embeddings > patches
+
+
+def check_picture_tokens(mllm: "Mllm", path: Path) -> None:
+    """The processor writes as many placeholders as the model makes features."""
+    config = mllm.model.config
+    tower, strategy = config.vision_config, config.vision_feature_select_strategy
+    with_cls = int(has_class_token(mllm.model.model.vision_tower))
+    wanted = {
+        "patch_size": tower.patch_size,
+        "vision_feature_select_strategy": strategy,
+        "num_additional_image_tokens": with_cls,
+    }
+    if strategy == "default" and not with_cls:
+        raise ModelError(
+            f"{path}/config.json: vision_feature_select_strategy is 'default', which drops the first feature of a "
+            "picture, but this vision tower has no class token in front; set it to 'full'"
+        )
+    found = {name: getattr(mllm.processor, name, None) for name in wanted}
+    if found != wanted:
+        raise ModelError(
+            f"{path}/processor_config.json: found {json.dumps(found)}, but the vision tower of config.json needs "
+            f"{json.dumps(wanted)}; set them so there"
+        )
