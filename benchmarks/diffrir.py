@@ -12,7 +12,6 @@ import argparse
 import copy
 import json
 import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from llmga.diffrir.blocks import ModulatedProjection, TransformerBlock
 from llmga.diffrir.generator import Level
 from llmga.diffrir.loss import pixel_loss
 from llmga.diffrir.network import DiffRIR
+from llmga.machine import machine_in_words
 
 RESULT = Path(__file__).parent / "results" / "diffrir.json"
 
@@ -151,13 +151,6 @@ def differences(model: DiffRIR, twin: DiffRIR, inputs: Tensor, ground_truth: Ten
     }
 
 
-def machine() -> str:
-    """The machine in plain words."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), platform.machine())
-    return f"1 thread on {os.cpu_count()} cores of {cpu}, {platform.system()}, torch {torch.__version__}"
-
-
 def compare(size: int, repeats: int) -> dict[str, Any]:
     """Every measurement."""
     torch.manual_seed(0)
@@ -189,8 +182,9 @@ def compare(size: int, repeats: int) -> dict[str, Any]:
     load.append(os.getloadavg()[0])
     return {
         "command": "python benchmarks/diffrir.py",
-        "machine": machine(),
-        "other_load": f"one-minute load average {load[0]:.1f} at the start and {load[1]:.1f} at the end",
+        "machine": machine_in_words(
+            "torch", threads=1, note=f"other work beside it: load average {load[0]:.1f} to {load[1]:.1f}"
+        ),
         "picture": f"1 x {size} x {size}, released configuration at scale 1, phase prior, float32",
         "repeats": repeats,
         "differences": same,
@@ -198,7 +192,7 @@ def compare(size: int, repeats: int) -> dict[str, Any]:
         "forward_times_faster": round(forward["plain"] / forward["ours"], 2),
         "training_step_cpu_s": step,
         "training_step_times_faster": round(step["plain"] / step["ours"], 2),
-        "kept_for_backward_mib": {name: round(size / 2**20) for name, size in kept.items()},
+        "kept_for_backward_mib": {name: round(count / 2**20) for name, count in kept.items()},
     }
 
 
@@ -206,7 +200,7 @@ def main() -> None:
     """Measure and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=256, help="side of the picture, a multiple of 32")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     result = compare(args.size, args.repeats)

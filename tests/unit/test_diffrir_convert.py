@@ -18,10 +18,12 @@ from llmga.diffrir.convert import (
     CheckpointError,
     convert_restorer,
     discriminator_from_reference_state_dict,
+    discriminator_to_reference_state_dict,
     export_restorer,
     from_reference_state_dict,
     to_reference_state_dict,
 )
+from llmga.diffrir.discriminator import Discriminator
 from llmga.diffrir.network import RestorerError, load_restorer
 from tests.toy import toy_restorer
 
@@ -142,6 +144,10 @@ def with_one(key: str, value: Callable[[Weights], Any]) -> Callable[[Weights], N
             with_one("diffusion.posterior_mean_coef1", lambda _: torch.ones(4)),
             r"diffusion\.posterior_mean_coef1 is \[1\.0.*; its betas give",
         ),
+        (
+            with_one("G.latent.0.ffn.project_out.weight", lambda w: w["G.latent.0.ffn.project_out.weight"][:, :9]),
+            "follow from no common expansion factor",
+        ),
         (with_one("diffusion.gammas", lambda _: torch.ones(4)), r"1 keys are unknown, first diffusion\.gammas"),
     ],
 )
@@ -155,6 +161,10 @@ def test_what_does_not_fit_is_named(damage: Callable[[Weights], None], message: 
 def test_discriminator_of_something_else() -> None:
     with pytest.raises(CheckpointError, match=r"has no conv0\.weight; expected a discriminator's"):
         discriminator_from_reference_state_dict(to_reference_state_dict(toy_restorer()))
+    weights = discriminator_to_reference_state_dict(Discriminator(width=8))
+    weights["conv9.bias"] = torch.ones(2)
+    with pytest.raises(CheckpointError, match=r"does not fit a discriminator of width 8: (.|\n)*conv9\.bias"):
+        discriminator_from_reference_state_dict(weights)
 
 
 class Harm:

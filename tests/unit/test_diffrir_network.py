@@ -174,6 +174,10 @@ def test_pixel_loss_over_the_hole_alone() -> None:
     assert pixel_loss(compose(restored, target, mask), target).item() == pytest.approx(0.25)
     assert pixel_loss(restored, target, mask).item() == pytest.approx(1)
     assert pixel_loss(restored, target, mask * 0).item() == 0
+    with pytest.raises(
+        InputError, match=r"restored is \(1, 3, 4, 4\) and target \(1, 3, 4, 3\); expected equal shapes"
+    ):
+        pixel_loss(restored, target[..., :3])
 
 
 # ---------------------------------------------------------------- folders
