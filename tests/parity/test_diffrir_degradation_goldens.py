@@ -1,6 +1,6 @@
 """Guards that pictures are degraded, and judged, as in the published code.
 
-Run: pytest tests/parity/test_diffrir_degradation.py
+Run: pytest tests/parity/test_diffrir_degradation_goldens.py
 """
 
 from typing import Any
