@@ -85,6 +85,14 @@ STROKES, BOXES, STRIPS = Strokes(), Boxes(), Strips()  # what both training stag
 STAGE1 = MaskMixture(((0.25, STROKES), (0.25, BOXES), (0.5, STRIPS)))
 # Stage 2 hides a quarter of the pictures entirely, and its strips may be thinner.
 STAGE2 = MaskMixture(((0.25, Full()), (0.1875, STROKES), (0.1875, BOXES), (0.375, Strips(depth=(0.25, 0.40)))))
+# Restoration (DiffRIR) publishes its lengths for 400 px: strokes of 10 to 249, boxes of 35 to 160.
+RESTORATION = MaskMixture(
+    (
+        (0.35, Strokes(length=(13, 319), width=(6, 133))),
+        (0.30, Boxes(side=(45, 205), margin=13)),
+        (0.35, Strips(depth=(0.15, 0.40))),
+    )
+)
 
 # Evaluation: LaMa's three sizes of inpainting masks (its code draws one stroke more than its settings say), and two of
 # outpainting, which are ours.

@@ -1,6 +1,6 @@
 """Small real objects for tests: a tokenizer, a processor and a LLaVA that build in milliseconds.
 
-`from tests.toy import toy_tokenizer, toy_processor, toy_llava, toy_mllm_folder`
+`from tests.toy import toy_tokenizer, toy_processor, toy_llava, toy_mllm_folder, toy_restorer`
 """
 
 from pathlib import Path
@@ -96,3 +96,15 @@ def toy_mllm_folder(folder: Path, extra_special_tokens: tuple[str, ...] = (), se
     toy_llava(tokenizer, seed).save_pretrained(folder)
     toy_processor(tokenizer).save_pretrained(folder)
     return folder
+
+
+def toy_restorer(seed: int = 0, **settings: Any) -> Any:
+    """A random DiffRIR of 8 channels and one block per level, prior of 16 numbers, float32, eval mode."""
+    import torch
+
+    from llmga.diffrir.network import DiffRIR
+
+    small = {"dim": 8, "num_blocks": (1, 1, 1, 1), "num_refinement_blocks": 1, "prior_width": 16, "num_prior_blocks": 1}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return DiffRIR(**{**small, **settings}).eval()
