@@ -87,7 +87,7 @@ def mark_facts(reply: str, expected: str, judge: bool = True) -> str:
             if truth.facts().get((kind, cell)) not in (None, value)
         }
         extra = any(cell not in truth.objects for cell in parsed.objects) and bool(truth.objects)
-        said = {value for value in parsed.facts().values()}
+        said = {value for value in parsed.facts().values()} if judge else set()
         parts.append(" ".join(_mark(word, said, wrong, extra) for word in sentence.split(" ")))
     return ". ".join(parts)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from eval.language import TASKS, build_items, choose_records, compare, score_item, summarise, table
+from eval.language_page import mark_facts
 from llmga.stage1.tasks import TaskSettings
 from llmga.toyworld.build import build_world
 from tests.toy import toy_mllm_folder
@@ -90,3 +91,12 @@ def test_missing_manifest_names_the_way_out(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "build_world.py" in done.stderr
+
+
+def test_only_tags_are_marked_where_another_answer_is_as_right() -> None:
+    reply = "<gen_img> Top left small plain red circle. </gen_img>"
+    assert 'class="right"' not in mark_facts(reply, reply, judge=False)
+    assert 'class="wrong"' not in mark_facts(reply, "Top left large plain blue circle.", judge=False)
+    assert mark_facts(reply, reply, judge=False).count('class="tag"') == 2
+    assert 'class="right">red' in mark_facts(reply, reply)
+    assert 'class="wrong">red' in mark_facts(reply, "Top left large plain blue circle.")
