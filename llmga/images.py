@@ -102,7 +102,8 @@ def open_picture(
             limit has to be raised as well.
         look: is shown the decoded picture as the file stores it, before it is converted and turned upright.
     Raises:
-        PictureError: missing, empty, not a file, not a picture, cut short, damaged, too large, or of an unknown value range.
+        PictureError: missing, empty, not a file, not a picture, cut short, damaged, too large, or of an unknown value
+            range.
     """
     path = Path(path)
     try:
