@@ -22,7 +22,9 @@ from llmga.check.kinds import KINDS, SEVERITIES
 from llmga.check.picture_check import PictureFacts, check_picture
 from llmga.check.pool import Pool
 from llmga.check.row_check import main_script
-from llmga.check.run import run_check
+from llmga.check.row_file import index_rows
+from llmga.check.run import _RowJob, _rows_crashed, run_check
+from llmga.check.sets import find_sets
 from llmga.check.settings import CheckError, CheckSettings
 from llmga.check.store import Store
 from llmga.cli import app
@@ -372,6 +374,15 @@ def die_at_seven(items: Sequence[int]) -> list[int]:
         if item == 7:
             os._exit(11)
     return [item * item for item in items]
+
+
+def test_no_row_of_a_piece_whose_reader_died_counts_as_usable(tmp_path: Path) -> None:
+    manifest = data_set(tmp_path, row())
+    (source,) = find_sets(CheckSettings(manifest))
+    job = _RowJob(source, index_rows(source, tmp_path / "work", 0), 2000, 2500, CheckSettings(manifest))
+    found = _rows_crashed(job)
+    assert [finding.row for finding in found.findings] == list(range(2000, 2500))
+    assert {finding.code for finding in found.findings} == {"unreadable_file"} and not found.counts["records"]
 
 
 def test_a_decoder_that_takes_its_process_with_it_is_known_by_name() -> None:
