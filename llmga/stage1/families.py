@@ -18,8 +18,9 @@ from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
 
+from llmga.tokens import IMAGE_TOKEN
+
 TEMPLATES = Path(__file__).parent / "templates"
-IMAGE_TOKEN = "<image>"
 
 
 @dataclass(frozen=True, slots=True)
