@@ -18,9 +18,8 @@ from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
 
-from llmga.tokens import IMAGE_TOKEN
-
 TEMPLATES = Path(__file__).parent / "templates"
+IMAGE_TOKEN = "<image>"  # as in llmga.tokens, which settings may not import: it knows of transformers
 
 
 @dataclass(frozen=True, slots=True)
