@@ -102,7 +102,8 @@ def open_picture(
             limit has to be raised as well.
         look: is shown the decoded picture as the file stores it, before it is converted and turned upright.
     Raises:
-        PictureError: missing, empty, not a picture, cut short, damaged, too large, or of an unknown value range.
+        PictureError: missing, empty, not a file, not a picture, cut short, damaged, too large, or of an unknown value
+            range.
     """
     path = Path(path)
     try:
@@ -155,6 +156,8 @@ def _name_kind(hole: np.ndarray) -> MaskKind:
 
 def _decode(path: Path, max_pixels: int, look: Callable[[Image.Image], None] | None) -> tuple[Image.Image, int]:
     """8-bit RGB as stored, and its EXIF orientation."""
+    if not path.is_file() and path.exists() and not path.is_dir():  # opening a named pipe would wait for ever
+        raise PictureError(path, "this is a pipe or a device; put the picture's file there", "picture_unreadable")
     with Image.open(path, formats=_FORMATS) as picture:
         width, height = picture.size
         if width * height > max_pixels:

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from llmga.records import Message, find_control, path_problem
+from llmga.tokens import IMAGE_TOKEN
 
-PLACEHOLDER = "<image>"
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 Note = Callable[[str], None]
@@ -58,11 +58,11 @@ def _picture_and_caption(task: str) -> Callable[[dict[str, Any], Note], dict[str
 def _editing(row: dict[str, Any], note: Note) -> dict[str, Any]:
     picture = _picture(row)
     instruction = _text(row, "instruction")
-    if PLACEHOLDER in instruction:
+    if IMAGE_TOKEN in instruction:
         if picture is None:
-            reason = f"'instruction' has the placeholder {PLACEHOLDER!r}, but the row has no picture"
+            reason = f"'instruction' has the placeholder {IMAGE_TOKEN!r}, but the row has no picture"
             raise SkipRow(reason, "placeholder_without_picture")
-        instruction = instruction.replace(PLACEHOLDER, "").strip()
+        instruction = instruction.replace(IMAGE_TOKEN, "").strip()
     elif picture is not None:
         note("picture without placeholder")
     if instruction.endswith(","):
@@ -83,10 +83,10 @@ def _editing(row: dict[str, Any], note: Note) -> dict[str, Any]:
 
 def _chat_with_picture(row: dict[str, Any], note: Note) -> dict[str, Any]:
     picture = _picture(row)
-    questions = [index for index, (role, text) in enumerate(_turns(row)) if role == "user" and PLACEHOLDER in text]
+    questions = [index for index, (role, text) in enumerate(_turns(row)) if role == "user" and IMAGE_TOKEN in text]
     if picture is None:
         if questions:
-            reason = f"conversations[{questions[0]}] has the placeholder {PLACEHOLDER!r}, but the row has no picture"
+            reason = f"conversations[{questions[0]}] has the placeholder {IMAGE_TOKEN!r}, but the row has no picture"
             raise SkipRow(reason, "placeholder_without_picture")
         return {"task": "qa", "messages": _conversation(_turns(row), note)}
     return {
@@ -172,7 +172,7 @@ def _turns(row: dict[str, Any]) -> Turns:
 
 def _placed(turns: Turns, note: Note) -> Turns:
     """The turns without placeholders in questions; the picture is put before the first one at load time."""
-    asked = [text.count(PLACEHOLDER) for role, text in turns if role == "user"]
+    asked = [text.count(IMAGE_TOKEN) for role, text in turns if role == "user"]
     if not sum(asked):
         note("picture without placeholder")
     elif sum(asked) > 1:
@@ -180,7 +180,7 @@ def _placed(turns: Turns, note: Note) -> Turns:
     elif not asked[0]:
         note("picture moved to the first question")
     return [
-        (role, text.replace(PLACEHOLDER, "").strip() if role == "user" and PLACEHOLDER in text else text)
+        (role, text.replace(IMAGE_TOKEN, "").strip() if role == "user" and IMAGE_TOKEN in text else text)
         for role, text in turns
     ]
 

@@ -19,7 +19,7 @@ from llmga.files import HEAD_BYTES, built_from, cache_folder, no_such_file, path
 from llmga.problem import Problem
 from llmga.row_index import file_state, line_number, row_offsets
 from llmga.strict_json import decode_line, encode_line
-from llmga.tokens import TAG_LITERALS, parse_reply
+from llmga.tokens import IMAGE_TOKEN, TAG_LITERALS, parse_reply
 
 TASKS = ("prompt_refinement", "similar_image", "inpainting", "outpainting", "editing", "vqa", "qa")
 ROLES = ("user", "assistant")
@@ -176,7 +176,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }
 # Texts that become an answer between tags; what a person says may hold anything and is neutralised when it is loaded.
 TARGET_FIELDS = ("caption", "target_caption", "prompt")
-_CONTROL = re.compile("|".join(map(re.escape, ("<image>", *TAG_LITERALS))))
+_CONTROL = re.compile("|".join(map(re.escape, (IMAGE_TOKEN, *TAG_LITERALS))))
 
 
 def check_record(record: Record) -> list[Problem]:
@@ -219,7 +219,7 @@ def find_control(text: str | None) -> Problem | None:
     found = _CONTROL.search(text) if text else None
     if not text or not found:
         return None
-    if found[0] == "<image>":
+    if found[0] == IMAGE_TOKEN:
         return Problem("placeholder_in_target", found[0])
     return Problem("tag_in_target" if parse_reply(text).well_formed else "unbalanced_tags", found[0])
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 IGNORE_INDEX = -100  # label of a token that is not trained; what torch's cross-entropy skips by default
+IMAGE_TOKEN = "<image>"  # stands where a picture is, in texts and in published rows
 
 
 # ---------------------------------------------------------------- generation tags

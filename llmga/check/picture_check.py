@@ -3,13 +3,13 @@
 import os
 from dataclasses import dataclass, field
 from functools import lru_cache
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from llmga.check.settings import CheckSettings
+from llmga.checkpoint import sha256
 from llmga.images import PictureError, fit_mask, open_picture, picture_path, read_orientation
 from llmga.problem import Problem
 
@@ -68,13 +68,21 @@ def check_picture(root: str, name: str, role: str, settings: CheckSettings) -> P
             return facts
         _read_bytes(path, facts)
         upright = open_picture(path, settings.max_pixels, lambda stored: _look(stored, name, role, facts))
+        _judge(upright, role, facts, settings)
+    except MemoryError:
+        facts.problems.append(Problem("picture_crashes", "it opens, but there is no memory to look at it"))
     except PictureError as error:
-        facts.problems.append(Problem(error.code, error.reason))
-        return facts
+        code = "picture_crashes" if isinstance(error.__cause__, MemoryError) else error.code
+        facts.problems.append(Problem(code, error.reason))
+    return facts
+
+
+def _judge(upright: Image.Image, role: str, facts: PictureFacts, settings: CheckSettings) -> None:
+    """Note what an opened picture looks like."""
     facts.size = upright.size
     if role == "mask":
         _check_mask(upright, facts, settings)
-        return facts
+        return
     facts.problems += _shape_problems(upright.size, settings)
     # With a gap of 3 copies of other sizes give nearly the same small picture, at a quarter of the time without one.
     small = upright.resize((SIGNATURE_SIDE, SIGNATURE_SIDE), Image.Resampling.BILINEAR, reducing_gap=3.0)
@@ -82,16 +90,16 @@ def check_picture(root: str, name: str, role: str, settings: CheckSettings) -> P
     if upright.getcolors(1) is not None:
         facts.problems.append(Problem("blank_picture", f"every pixel is {upright.getpixel((0, 0))}"))
         facts.signature = b""
-    return facts
 
 
 def _read_bytes(path: Path, facts: PictureFacts) -> None:
-    """Size and hash; a file that cannot be read is `open_picture`'s to explain, which finds the rest in memory."""
+    """Size and hash, read block by block; what cannot be read, or is no file, is `open_picture`'s to explain."""
     try:
-        content = path.read_bytes()
+        if not path.is_file():
+            return
+        facts.num_bytes, facts.sha256 = path.stat().st_size, sha256(path)
     except OSError:
         return
-    facts.num_bytes, facts.sha256 = len(content), sha256(content).hexdigest()
 
 
 def _look(stored: Image.Image, name: str, role: str, facts: PictureFacts) -> None:

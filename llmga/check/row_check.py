@@ -12,9 +12,8 @@ from llmga.check.lengths import LengthCounter
 from llmga.check.row_file import RowFile
 from llmga.problem import Problem
 from llmga.records import Record, check_record
-from llmga.tokens import TAG_LITERALS
+from llmga.tokens import IMAGE_TOKEN, TAG_LITERALS
 
-PLACEHOLDER = "<image>"
 _NOTE_CODES = {
     "picture without placeholder": "picture_without_placeholder",
     "picture ignored": "picture_not_used",
@@ -104,8 +103,8 @@ def text_problems(record: Record) -> Iterator[Problem]:
             yield Problem("odd_characters", f"{name} holds {odd[0]!r} at character {odd.start()}")
     for turn, message in enumerate(record.messages or ()):
         content = message["content"]
-        if PLACEHOLDER in content:
-            yield Problem("placeholder_in_text", f"messages[{turn}] holds {PLACEHOLDER!r}")
+        if IMAGE_TOKEN in content:
+            yield Problem("placeholder_in_text", f"messages[{turn}] holds {IMAGE_TOKEN!r}")
         if tag := next((tag for tag in TAG_LITERALS if tag in content), None):
             yield Problem("tag_in_conversation", f"messages[{turn}] holds {tag!r}")
 

@@ -143,8 +143,9 @@ def _check_row_jobs(jobs: Sequence[_RowJob]) -> list[RowResults]:
 
 
 def _rows_crashed(job: _RowJob) -> RowResults:
+    """None of the rows was looked at to its end, so none counts as usable."""
     reason = f"the process that read rows {job.start} to {job.stop - 1} died; is there enough memory?"
-    return RowResults([Finding(job.start, "unreadable_file", reason)])
+    return RowResults([Finding(row, "unreadable_file", reason) for row in range(job.start, job.stop)])
 
 
 def _check_set(

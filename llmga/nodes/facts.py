@@ -130,7 +130,8 @@ def raise_open_files() -> int:
 def disk(cfg: Any) -> dict[str, Any]:
     """GB free where checkpoints go, GB that one checkpoint takes, and how many more of them will be there at most.
 
-    A checkpoint's size is that of the newest one, else an estimate from the weights that the settings name.
+    A checkpoint's size is that of the newest one, `measured`, else an estimate from the weights that the settings name:
+    as if all of them learned, so it is far too high for adapters and projectors. `llmga plan` knows better.
     """
     folder = cfg.run.output_dir.absolute()
     kept = latest_checkpoint(folder) if folder.is_dir() else None
@@ -143,7 +144,13 @@ def disk(cfg: Any) -> dict[str, Any]:
     status = os.statvfs(folder)
     more = max(cfg.run.keep_last + 1 - (len(checkpoints(folder)) if kept else 0), 1)  # the next one is whole first
     free = status.f_bavail * status.f_frsize
-    return {"folder": str(folder), "free": free / 1e9, "checkpoint": size / 1e9, "more": more}
+    return {
+        "folder": str(folder),
+        "free": free / 1e9,
+        "checkpoint": size / 1e9,
+        "measured": kept is not None,
+        "more": more,
+    }
 
 
 def parameters_in(folder: Path) -> int:

@@ -111,9 +111,10 @@ def _room(everybody: Sequence[Facts]) -> list[Finding]:
         findings.append(
             Finding(
                 f"rank 0 on {everybody[0]['host']} has {disk['free']:,.1f} GB free at {disk['folder']}, expected "
-                f"{needed:,.1f} for {disk['more']} checkpoints of about {disk['checkpoint']:,.1f}; make room, lower "
+                f"{needed:,.1f} for {disk['more']} checkpoints of about {disk['checkpoint']:,.1f}"
+                f"{'' if disk['measured'] else ' (if all weights learn; see `llmga plan`)'}; make room, lower "
                 "run.keep_last, or give another run.output_dir",
-                stops=disk["free"] < disk["checkpoint"],
+                stops=disk["measured"] and disk["free"] < disk["checkpoint"],
             )
         )
     return findings

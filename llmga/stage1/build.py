@@ -32,9 +32,8 @@ from llmga.stage1.pixels import PixelEncoder
 from llmga.stage1.projector import PROJECTOR_FILE
 from llmga.stage1.released_projector import find_projector, read_projector
 from llmga.stage1.reply import stop_ids
-from llmga.tokens import GEN_IMG, TAG_LITERALS, GenerationTags
+from llmga.tokens import GEN_IMG, IMAGE_TOKEN, TAG_LITERALS, GenerationTags
 
-IMAGE_TOKEN = "<image>"
 _ROWS_MULTIPLE = 64  # a vocabulary of such a size keeps the head's matrix product fast
 _FEATURE_LAYER = -2  # of the tower: the last layer but one, as LLaVA has it
 _PROBE_TOKENS = 16

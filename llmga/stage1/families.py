@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 TEMPLATES = Path(__file__).parent / "templates"
-IMAGE_TOKEN = "<image>"
+IMAGE_TOKEN = "<image>"  # as in llmga.tokens, which settings may not import: it knows of transformers
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,16 @@ PACKED_SDPA = "packed_sdpa"
 SEPARATING_ATTENTION = (PACKED_SDPA, "flash_attention_2")  # those that read cu_seq_lens_q
 
 
+class PackingError(RuntimeError):
+    """Conversations of a packed row would be mixed: a mistake of ours, or a library that changed."""
+
+
+def refuse(mixed: bool, what: str) -> None:
+    """Raise a PackingError where conversations would be mixed."""
+    if mixed:
+        raise PackingError(what)
+
+
 def use_packed_sdpa(language_model: PreTrainedModel) -> None:
     """Let an LLM separate the segments of packed rows; the vision tower keeps its attention."""
     AttentionInterface.register(PACKED_SDPA, packed_sdpa)
@@ -52,13 +62,16 @@ def packed_sdpa(
         cu_seq_lens_q: (S + 1,) int32, where the segments begin, and T; None when the row is not packed.
     Returns:
         (B, T, H, D), and no attention weights.
+    Raises:
+        PackingError: the row has a mask, or other bounds than its own.
     """
     length, num_keys = query.shape[2], key.shape[2]
     if cu_seq_lens_q is None and (attention_mask is not None or length != num_keys):  # padded, or generating
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     bounds = [0, length] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
-    assert attention_mask is None, "a packed row came with an attention mask: conversations would be mixed"
-    assert bounds[0] == 0 and bounds[-1] == length == num_keys, f"segments end at {bounds[-1]}, the row at {num_keys}"
+    refuse(attention_mask is not None, "a packed row came with an attention mask: conversations would be mixed")
+    whole = bounds[0] == 0 and bounds[-1] == length == num_keys
+    refuse(not whole, f"segments end at {bounds[-1]}, the row at {num_keys}")
     lengths = [end - begin for begin, end in pairwise(bounds)]
     # `split` has one backward pass for all parts; a slice would fill a whole row of zeros for each of them.
     parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llmga.stage1.data import Collator
-from llmga.stage1.packed_attention import SEPARATING_ATTENTION
+from llmga.stage1.packed_attention import SEPARATING_ATTENTION, PackingError, refuse
 from llmga.tokens import IGNORE_INDEX
 
 
@@ -81,26 +81,35 @@ def check_packed(batch: dict[str, Any], attention: str) -> None:
     """Stop at what would mix conversations in silence, on the way into the model.
 
     transformers reads packing off the inputs: an attention mask, a cache, or positions that do not restart, and every
-    token sees all conversations before its own, without a word. None of it can come from a user's settings.
+    token sees all conversations before its own, without a word. None of it can come from a user's settings, but a
+    silent mixture is worth a check that `python -O` keeps.
 
     Args:
         batch: arguments of the model's forward.
         attention: the LLM's `attn_implementation`.
+    Raises:
+        PackingError: conversations would be mixed.
     """
     if not is_packed(batch):
-        assert batch.get("position_ids") is None, "position_ids without cu_seq_lens_q: a packed batch that lost them"
+        refuse(batch.get("position_ids") is not None, "position_ids without cu_seq_lens_q: a packed batch lost them")
         return
-    assert attention in SEPARATING_ATTENTION, f"{attention} attention does not read cu_seq_lens_q"
-    assert batch.get("attention_mask") is None, "a packed batch has an attention mask: conversations would be mixed"
-    assert batch.get("use_cache") is False, "a packed batch with use_cache: conversations would be mixed"
-    assert batch.get("past_key_values") is None, "a packed batch with past keys and values"
+    refuse(attention not in SEPARATING_ATTENTION, f"{attention} attention does not read cu_seq_lens_q")
+    refuse(
+        batch.get("attention_mask") is not None, "a packed batch has an attention mask: conversations would be mixed"
+    )
+    refuse(batch.get("use_cache") is not False, "a packed batch with use_cache: conversations would be mixed")
+    refuse(batch.get("past_key_values") is not None, "a packed batch with past keys and values")
     rows, tokens = batch["input_ids"].shape
-    assert rows == 1, f"a packed batch of {rows} rows; cu_seq_lens_q speaks of one"
+    refuse(rows != 1, f"a packed batch of {rows} rows; cu_seq_lens_q speaks of one")
     bounds, positions = batch["cu_seq_lens_q"], batch.get("position_ids")
-    assert positions is not None, "a packed batch without position_ids: they would run on"
-    assert positions.shape == (1, tokens), f"position_ids of shape {tuple(positions.shape)} for {tokens} tokens"
-    assert torch.equal(bounds, batch["cu_seq_lens_k"]), "queries and keys are cut at different places"
-    assert torch.equal(positions[0], expected_positions(bounds, tokens)), "position_ids do not restart at cu_seq_lens_q"
+    if positions is None:
+        raise PackingError("a packed batch without position_ids: they would run on")
+    refuse(positions.shape != (1, tokens), f"position_ids of shape {tuple(positions.shape)} for {tokens} tokens")
+    refuse(not torch.equal(bounds, batch["cu_seq_lens_k"]), "queries and keys are cut at different places")
+    refuse(
+        not torch.equal(positions[0], expected_positions(bounds, tokens)),
+        "position_ids do not restart at cu_seq_lens_q",
+    )
 
 
 def expected_positions(bounds: Tensor, tokens: int) -> Tensor:

@@ -8,6 +8,7 @@ python -m pytest tests/unit/test_check.py
 
 import json
 import os
+import tracemalloc
 from collections.abc import Sequence
 from hashlib import sha256
 from html.parser import HTMLParser
@@ -18,10 +19,12 @@ from PIL import Image, ImageDraw, ImageEnhance
 from typer.testing import CliRunner
 
 from llmga.check.kinds import KINDS, SEVERITIES
-from llmga.check.picture_check import PictureFacts
+from llmga.check.picture_check import PictureFacts, check_picture
 from llmga.check.pool import Pool
 from llmga.check.row_check import main_script
-from llmga.check.run import run_check
+from llmga.check.row_file import index_rows
+from llmga.check.run import _RowJob, _rows_crashed, run_check
+from llmga.check.sets import find_sets
 from llmga.check.settings import CheckError, CheckSettings
 from llmga.check.store import Store
 from llmga.cli import app
@@ -373,12 +376,50 @@ def die_at_seven(items: Sequence[int]) -> list[int]:
     return [item * item for item in items]
 
 
+def test_no_row_of_a_piece_whose_reader_died_counts_as_usable(tmp_path: Path) -> None:
+    manifest = data_set(tmp_path, row())
+    (source,) = find_sets(CheckSettings(manifest))
+    job = _RowJob(source, index_rows(source, tmp_path / "work", 0), 2000, 2500, CheckSettings(manifest))
+    found = _rows_crashed(job)
+    assert [finding.row for finding in found.findings] == list(range(2000, 2500))
+    assert {finding.code for finding in found.findings} == {"unreadable_file"} and not found.counts["records"]
+
+
 def test_a_decoder_that_takes_its_process_with_it_is_known_by_name() -> None:
     pool: Pool[int, int] = Pool(die_at_seven, 2, lambda item: -item)
     found = dict(pool.map((start, range(start, start + 4)) for start in range(0, 40, 4)))
     assert found == {
         start: [-item if item == 7 else item * item for item in range(start, start + 4)] for start in range(0, 40, 4)
     }
+
+
+def test_a_file_without_end_or_beyond_the_memory_costs_its_own_row(tmp_path: Path) -> None:
+    """The large file is all holes, so it takes no room on the disk; read whole, it would take 256 MB of memory."""
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with (tmp_path / "big.jpg").open("wb") as file:
+        file.truncate(256 << 20)
+    tracemalloc.start()
+    codes = {}
+    for name in ("pipe.jpg", "big.jpg"):
+        facts = check_picture(str(tmp_path), name, "image", CheckSettings(tmp_path))
+        codes[name] = [problem.code for problem in facts.problems]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert codes == {"pipe.jpg": ["picture_unreadable"], "big.jpg": ["not_a_picture"]}
+    assert peak < 16 << 20
+
+
+@pytest.mark.parametrize("step", ["llmga.images._decode", "llmga.check.picture_check._shape_problems"])
+def test_a_picture_too_large_for_the_memory_is_named(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_memory(*arguments: object) -> None:
+        raise MemoryError
+
+    photo(0).save(tmp_path / "a.png")
+    monkeypatch.setattr(step, without_memory)
+    facts = check_picture(str(tmp_path), "a.png", "image", CheckSettings(tmp_path))
+    assert [problem.code for problem in facts.problems] == ["picture_crashes"]
 
 
 def test_facts_travel_between_processes() -> None:

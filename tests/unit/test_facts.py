@@ -72,7 +72,7 @@ def test_a_checkpoint_is_estimated_from_the_weights_and_then_measured(tmp_path: 
     told = disk(cfg)
     assert told["checkpoint"] * 1e9 == pytest.approx(12 * (count + 16))
     assert (told["folder"], told["more"]) == (str(tmp_path), 5)  # where the run folder will be made
-    assert told["free"] > 0
+    assert told["free"] > 0 and not told["measured"]
 
 
 def test_the_limit_of_open_files_is_lifted() -> None:

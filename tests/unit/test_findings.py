@@ -25,7 +25,7 @@ def facts_of(rank: int) -> dict[str, Any]:
         "gpu": gpu,
         "driver": "570.1",
         "open_files": 65536,
-        "disk": {"folder": "/runs", "free": 900.0, "checkpoint": 80.0, "more": 3},
+        "disk": {"folder": "/runs", "free": 900.0, "checkpoint": 80.0, "measured": True, "more": 3},
     }
 
 
@@ -123,6 +123,13 @@ def test_room_for_checkpoints(everybody: list[dict[str, Any]], free: float, coun
     if count:
         assert found[0].stops is stops
         assert f"rank 0 on node0 has {free} GB free at /runs, expected 240.0 for 3 checkpoints" in found[0].text
+
+
+def test_an_estimated_checkpoint_stops_no_run(everybody: list[dict[str, Any]]) -> None:
+    """An adapter's checkpoint is a fortieth of what its base's would be."""
+    everybody[0]["disk"].update(free=50.0, measured=False)
+    (found,) = compare(everybody)
+    assert not found.stops and "of about 80.0 (if all weights learn; see `llmga plan`); make room" in found.text
 
 
 def test_what_a_process_could_not_find_out_stands_alone(everybody: list[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 Run: pytest tests/unit/test_images.py
 """
 
+import os
 import pickle
 import struct
 import zlib
@@ -195,6 +196,13 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
         open_picture(tmp_path / "missing.jpg")
     with pytest.raises(PictureError, match="this is a folder"):
         open_picture(tmp_path)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(PictureError, match=r"pipe\.jpg: this is a pipe or a device") as caught:
+        open_picture(tmp_path / "pipe.jpg")
+    assert caught.value.code == "picture_unreadable"
 
 
 def test_decompression_bombs_are_refused_before_decoding(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from transformers import (
 
 from llmga.stage1.cross_entropy import use_chunked_cross_entropy
 from llmga.stage1.data import Collator
-from llmga.stage1.packed_attention import use_packed_sdpa
+from llmga.stage1.packed_attention import PackingError, use_packed_sdpa
 from llmga.stage1.packing import PackingCollator, check_packed
 from llmga.tokens import IGNORE_INDEX
 
@@ -182,13 +182,13 @@ def test_every_token_of_every_example_is_there_once_and_none_other(shapes):
 def test_a_batch_that_would_mix_conversations_stops_at_the_door(change, match):
     batch = {**PACKING(MIXED), "use_cache": False}
     check_packed(batch, "flash_attention_2")
-    with pytest.raises(AssertionError, match=match):
+    with pytest.raises(PackingError, match=match):
         check_packed({**batch, **change}, "packed_sdpa")
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_an_attention_that_cannot_separate_stops_at_the_door(attention):
-    with pytest.raises(AssertionError, match=f"{attention} attention does not read"):
+    with pytest.raises(PackingError, match=f"{attention} attention does not read"):
         check_packed({**PACKING(MIXED), "use_cache": False}, attention)
 
 
@@ -200,10 +200,10 @@ def test_the_attention_itself_refuses_a_mask_and_a_cache():
     right = model(**batch, use_cache=False).loss
     assert torch.equal(model(**batch, use_cache=False, attention_mask=mask).loss, right)  # all ones: no mask at all
     mask[0, -1] = 0
-    with pytest.raises(AssertionError, match="conversations would be mixed"):
+    with pytest.raises(PackingError, match="conversations would be mixed"):
         model(**batch, use_cache=False, attention_mask=mask)
     cache = model(input_ids=torch.tensor([[7, 8, 9]]), use_cache=True).past_key_values
-    with pytest.raises(AssertionError, match="conversations would be mixed"):
+    with pytest.raises(PackingError, match="conversations would be mixed"):
         model(**batch, past_key_values=cache)
 
 

@@ -84,10 +84,14 @@ def test_a_system_turn_takes_the_slot() -> None:
     talk = [{"role": "system", "content": "MINE"}, *TALK]
     for name in ("vicuna", "llama3", "qwen2"):
         assert render(name, talk)[0] == LAYOUTS[name][0].replace("SYS", "MINE")
-    assert "<<SYS>>\nMINE\n<</SYS>>" in render("mistral", talk)[0]
-    for name in ("phi3", "gemma"):
+    for name in ("mistral", "phi3", "gemma"):
         with pytest.raises(Exception, match="trained without a system text"):
             render(name, talk)
+
+
+def test_an_empty_slot_of_vicuna_leaves_no_space_behind() -> None:
+    assert render("vicuna", TALK, system="")[0] == LAYOUTS["vicuna"][0].replace("SYS ", "")
+    assert render("vicuna", TALK, system="", space_mark=" ")[0].startswith("[ USER: ")
 
 
 def test_model_types_ignore_capitals_and_the_tokenizer_decides_between_llamas() -> None:
