@@ -40,7 +40,7 @@ class ModelConfig:
     lora: LoraConfig | None = None  # train adapters and the projector instead of all weights
     quantize: Literal["none", "nf4"] = "none"  # of the LLM's frozen weights, under adapters
     tags: Literal["tokens", "text"] = "tokens"  # generation tags as added tokens, or spelt with the old vocabulary
-    tag_name: Literal["gen_img", "gen_image"] = "gen_img"  # the paper's spelling, or that of the released weights
+    tag_name: Literal["gen_img", "gen_image"] | None = None  # None: the pair that path was saved with, else gen_img
     trainable: Literal["projector", "projector+llm"] = "projector+llm"  # the vision tower is always frozen
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     cross_entropy: Literal["full", "chunked"] = "chunked"  # of all tokens at once, or of the trained ones in pieces
