@@ -169,6 +169,13 @@ def set_trainable(model: LlavaForConditionalGeneration, what: Literal["projector
         vision_tower.register_forward_pre_hook(_keep_in_eval_mode)
 
 
+def learn_in_float32(model: nn.Module) -> None:
+    """Make what learns float32 whatever the rest has; DeepSpeed's shards keep float32 copies of their own."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.float()
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Numbers of trained and of frozen parameters."""
     counts = {True: 0, False: 0}

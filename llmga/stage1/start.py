@@ -22,6 +22,7 @@ from llmga.stage1.model import (
     ModelError,
     choose_tags,
     count_parameters,
+    learn_in_float32,
     load_mllm,
     load_processor,
     read_config,
@@ -59,8 +60,9 @@ def start_model(cfg: Stage1Config, base_dir: Path) -> Start:
     """
     settings, tags = cfg.model, choose_tags(cfg.model.tag_name, cfg.model.path)
     base = on_main(lambda: base_folder(settings, base_dir))
-    # Frozen weights need no more than the precision of the arithmetic; what learns under adapters is float32 again.
-    low = settings.lora is not None and cfg.run.precision == "bf16"
+    # Frozen weights need no more than the precision of the arithmetic; what learns is float32 again.
+    frozen_llm = settings.lora is not None or settings.trainable == "projector"
+    low = frozen_llm and cfg.run.precision == "bf16"
     dtype = torch.bfloat16 if low else torch.float32
     if settings.path is not None and (stored := stored_tags(read_config(settings.path))) != tags:
         logger.info("model.tag_name: %s from now on, where %s was saved with %s", tags.open, settings.path, stored.open)
@@ -71,6 +73,8 @@ def start_model(cfg: Stage1Config, base_dir: Path) -> Start:
     if settings.tags == "tokens":
         add_generation_tags(mllm, tags)
     set_trainable(mllm.model, settings.trainable)
+    if low and settings.lora is None:
+        learn_in_float32(mllm.model)
     seed_everything(cfg.run.seed)  # loading draws more or less from the generator: on rank 0, or under ZeRO-3
     trained = mllm.model if settings.lora is None else add_adapter(mllm, settings.lora, base)
     logger.info("%s parameters learn, %s are frozen", *(f"{count:,}" for count in count_parameters(trained)))
