@@ -19,7 +19,7 @@ Task = Literal["prompt_refinement", "similar_image", "inpainting", "outpainting"
 
 @dataclass(config=STRICT)
 class LoraConfig:
-    """Low-rank adapters on the LLM's linear layers; the defaults are LLaVA's own, its longer recipe is 128 and 256."""
+    """Low-rank adapters on the LLM's linear layers; the defaults are those of LLaVA's code, its recipe has 128 and 256."""
 
     rank: AtLeastOne = 64
     alpha: Annotated[float, Limits(gt=0)] = 16.0  # adapters are scaled by alpha / rank
@@ -114,7 +114,7 @@ class ModelConfig:
     def _liger_installed(self) -> str | None:
         if not self.liger or importlib.util.find_spec("liger_kernel"):
             return None
-        return "Liger's kernels need the package liger-kernel, which is not installed; pip install liger-kernel"
+        return "Liger's kernels need the package liger-kernel, which is not installed; pip install '.[gpu]'"
 
 
 def _without_model(folder: Path | None, expected: str) -> str | None:
