@@ -19,7 +19,7 @@ Task = Literal["prompt_refinement", "similar_image", "inpainting", "outpainting"
 
 @dataclass(config=STRICT)
 class LoraConfig:
-    """Low-rank adapters on the LLM's linear layers; the defaults are those of LLaVA's code, its recipe has 128 and 256."""
+    """Low-rank adapters on the LLM's linear layers; defaults as in LLaVA's code (its recipe: 128 and 256)."""
 
     rank: AtLeastOne = 64
     alpha: Annotated[float, Limits(gt=0)] = 16.0  # adapters are scaled by alpha / rank
