@@ -53,8 +53,8 @@ preflight: install  ## check the machines, packages, folders and network that a 
 	@$(PY) $(LAUNCH) -m llmga preflight $(CONFIG) $(ARGS)
 
 .PHONY: plan
-plan: install $(NEEDS_DATA)  ## tell what CONFIG will do, need and cost, without running it; ARGS="--devices 8 --card A100-80GB"
-	$(PY) -m llmga plan $(CONFIG) $(ARGS)
+plan: install $(NEEDS_DATA)  ## tell what CONFIG will do, need and cost, without running it; NPROC=8 ARGS="--card A100-80GB"
+	$(PY) -m llmga plan $(CONFIG) --devices $$(( $(NODES) * $(NPROC) )) $(ARGS)
 
 .PHONY: preview
 preview: install $(NEEDS_DATA)  ## write a page of the examples that CONFIG trains on

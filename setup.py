@@ -38,7 +38,10 @@ TEST = [
     "import-linter>=2.5,<3",
     "types-PyYAML>=6",
 ]
-GPU = ["bitsandbytes>=0.50,<1"]  # 4-bit weights under adapters (model.quantize)
+GPU = [
+    "bitsandbytes>=0.50,<1",  # 4-bit weights under adapters (model.quantize)
+    "liger-kernel>=0.8.1,<1",  # fused kernels (model.liger)
+]
 
 setup(
     name="llmga",

@@ -113,13 +113,12 @@ def toy(data_dir: Path) -> tuple[Any, Iterator[Example], Any]:
     from llmga.stage1.config import Stage1Config
     from llmga.stage1.data import Collator, build_datasets
     from llmga.stage1.model import load_mllm
-    from llmga.tokens import TAGS
 
     overrides = [f"data.sources=[{{path: {data_dir / 'train.jsonl'}}}]", "data.validation=[]", "run.eval_every_steps=0"]
     overrides += [f"model.path={TOY_MODEL}", "run.sample_every_steps=0"]
     cfg = load_config(Stage1Config, ROOT / "configs" / "stage1" / "toy.yaml", overrides)
-    mllm = load_mllm(cfg.model.path, TAGS[cfg.model.tag_name])
-    add_generation_tags(mllm, TAGS[cfg.model.tag_name])
+    mllm = load_mllm(cfg.model.path)
+    add_generation_tags(mllm, mllm.tags)
     dataset = build_datasets(cfg, mllm.processor, 4096)[0]
     return mllm.model, (dataset[index] for index in range(len(dataset))), Collator.of(dataset)
 

@@ -25,8 +25,15 @@ def llmga() -> None:
 
 
 @app.command()
-def stage1(config: ConfigFile, overrides: Overrides = None) -> None:
+def stage1(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would be done, as `plan` does.")] = False,
+) -> None:
     """Train the MLLM on one machine and one device; `make stage1` starts several."""
+    if dry_run:
+        plan(config, overrides)
+        return
     with _one_clear_message():
         settings = _stage1_settings(config, overrides)
         from llmga.runtime import close_distributed

@@ -21,6 +21,8 @@ def set_arithmetic(model: LlavaForConditionalGeneration, cfg: Stage1Config) -> N
     Raises:
         RuntimeSetupError: Liger's kernels were asked for on a machine without CUDA.
     """
+    if cfg.run.precision == "bf16" and torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32: finer than bf16 still
     if cfg.model.liger:
         if not torch.cuda.is_available():
             raise RuntimeSetupError("model.liger needs a CUDA device and none is visible; set model.liger=false")

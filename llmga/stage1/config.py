@@ -19,7 +19,7 @@ Task = Literal["prompt_refinement", "similar_image", "inpainting", "outpainting"
 
 @dataclass(config=STRICT)
 class LoraConfig:
-    """Low-rank adapters on the LLM's linear layers; the defaults are LLaVA's own, its longer recipe is 128 and 256."""
+    """Low-rank adapters on the LLM's linear layers; defaults as in LLaVA's code (its recipe: 128 and 256)."""
 
     rank: AtLeastOne = 64
     alpha: Annotated[float, Limits(gt=0)] = 16.0  # adapters are scaled by alpha / rank
@@ -40,7 +40,7 @@ class ModelConfig:
     lora: LoraConfig | None = None  # train adapters and the projector instead of all weights
     quantize: Literal["none", "nf4"] = "none"  # of the LLM's frozen weights, under adapters
     tags: Literal["tokens", "text"] = "tokens"  # generation tags as added tokens, or spelt with the old vocabulary
-    tag_name: Literal["gen_img", "gen_image"] = "gen_img"  # the paper's spelling, or that of the released weights
+    tag_name: Literal["gen_img", "gen_image"] | None = None  # None: the pair that path was saved with, else gen_img
     trainable: Literal["projector", "projector+llm"] = "projector+llm"  # the vision tower is always frozen
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     cross_entropy: Literal["full", "chunked"] = "chunked"  # of all tokens at once, or of the trained ones in pieces
@@ -114,7 +114,7 @@ class ModelConfig:
     def _liger_installed(self) -> str | None:
         if not self.liger or importlib.util.find_spec("liger_kernel"):
             return None
-        return "Liger's kernels need the package liger-kernel, which is not installed; pip install liger-kernel"
+        return "Liger's kernels need the package liger-kernel, which is not installed; pip install '.[gpu]'"
 
 
 def _without_model(folder: Path | None, expected: str) -> str | None:

@@ -24,10 +24,11 @@ from llmga.stage1.bad_samples import TRAIN, Kind, write_down
 from llmga.stage1.config import Stage1Config
 from llmga.stage1.conversation import Encoded, encode_conversation
 from llmga.stage1.mixture import Mixture, rows_per_epoch
+from llmga.stage1.model import choose_tags
 from llmga.stage1.pixels import PixelEncoder, num_image_tokens
 from llmga.stage1.sources import Source, open_sources
 from llmga.stage1.tasks import Example, TaskSettings, build_example
-from llmga.tokens import IGNORE_INDEX, TAGS
+from llmga.tokens import IGNORE_INDEX
 
 MAX_NEIGHBOURS = 10  # rows tried in place of one that cannot be used; all bad by chance: never, by a wrong path: always
 VALIDATION_SEED = 0  # not the run's: held-out losses of all runs are about the same examples
@@ -219,7 +220,7 @@ def build_datasets(
     if total is None:
         total = math.ceil((cfg.run.epochs or 1.0) * rows_per_epoch(lengths, weights))
     order = Mixture(lengths, weights, total, cfg.run.seed, [source.name for source in sources])
-    settings = TaskSettings.from_config(cfg.data, TAGS[cfg.model.tag_name])
+    settings = TaskSettings.from_config(cfg.data, choose_tags(cfg.model.tag_name, cfg.model.path))
 
     def build(name: str, sources: list[Source], order: Any, seed: int) -> Stage1Dataset:
         limits = cfg.data.max_length, cfg.data.too_long

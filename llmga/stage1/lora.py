@@ -23,7 +23,7 @@ from llmga.checkpoint import write_folder_atomically
 from llmga.runtime import without_zero3
 from llmga.stage1 import config as settings
 from llmga.stage1.conversation import Turn, encode_prompt
-from llmga.stage1.model import Mllm, ModelError, load_mllm, load_processor, read_config, save_mllm
+from llmga.stage1.model import Mllm, ModelError, learn_in_float32, load_mllm, load_processor, read_config, save_mllm
 from llmga.tokens import TAGS, GenerationTags
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -73,9 +73,7 @@ def add_adapter(mllm: Mllm, lora: settings.LoraConfig, base: Path) -> PeftModel:
     # No task type: its wrapper would call the model's `forward` past the hooks that stand at its door.
     model = PeftModel(mllm.model, config)
     config.base_model_name_or_path = str(base.resolve())
-    for parameter in model.parameters():
-        if parameter.requires_grad and not hasattr(parameter, "ds_id"):
-            parameter.data = parameter.data.float()
+    learn_in_float32(model)
     return model
 
 

@@ -68,7 +68,7 @@ class Mllm:
     def write_tags(self, tags: GenerationTags) -> None:
         """Make `tags` the pair this model writes, in its config too, so that saved folders know it."""
         self.tags = tags
-        self.model.config.generation_tags = next(name for name, pair in TAGS.items() if pair == tags)
+        self.model.config.generation_tags = tag_name(tags)
 
     def write_picture_shape(self, size: int, mode: PictureMode) -> None:
         """Note in the config how training makes pictures square, so that saved folders know it."""
@@ -136,8 +136,7 @@ def load_mllm(
             output_loading_info=True,
         )
     refuse_misfit(path, config, info)
-    stored = getattr(config, "generation_tags", None)
-    mllm = Mllm(model, load_processor(path), tags or TAGS.get(stored or "", GEN_IMG))
+    mllm = Mllm(model, load_processor(path), tags or stored_tags(config))
     check_placeholder(mllm, path)
     check_picture_tokens(mllm, path)
     return mllm
@@ -168,6 +167,13 @@ def set_trainable(model: LlavaForConditionalGeneration, what: Literal["projector
     vision_tower = model.model.vision_tower.eval()
     if _keep_in_eval_mode not in vision_tower._forward_pre_hooks.values():
         vision_tower.register_forward_pre_hook(_keep_in_eval_mode)
+
+
+def learn_in_float32(model: nn.Module) -> None:
+    """Make what learns float32 whatever the rest has; DeepSpeed's shards keep float32 copies of their own."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.float()
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -220,6 +226,27 @@ def save_mllm(
         (temporary / "provenance.json").write_text(text + "\n", encoding="utf-8")
         _check_saved(temporary, model, mllm)
     return folder
+
+
+def tag_name(tags: GenerationTags) -> str:
+    """What configs call a pair."""
+    return next(name for name, pair in TAGS.items() if pair == tags)
+
+
+def choose_tags(name: str | None, path: Path | None) -> GenerationTags:
+    """The pair that a run writes: the named one, else the one its model folder was saved with, else `<gen_img>`.
+
+    Raises:
+        ModelError: `path` is no LLaVA folder.
+    """
+    if name is not None:
+        return TAGS[name]
+    return GEN_IMG if path is None else stored_tags(read_config(path))
+
+
+def stored_tags(config: LlavaConfig) -> GenerationTags:
+    """The pair that a model's config names, `<gen_img>` if none."""
+    return TAGS.get(getattr(config, "generation_tags", None) or "", GEN_IMG)
 
 
 def read_picture_shape(path: str | Path) -> tuple[int | None, PictureMode]:

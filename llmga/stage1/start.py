@@ -20,14 +20,17 @@ from llmga.stage1.lora import add_adapter, save_adapter
 from llmga.stage1.model import (
     Mllm,
     ModelError,
+    choose_tags,
     count_parameters,
+    learn_in_float32,
     load_mllm,
     load_processor,
     read_config,
     save_mllm,
     set_trainable,
+    stored_tags,
+    tag_name,
 )
-from llmga.tokens import TAGS
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +58,14 @@ def start_model(cfg: Stage1Config, base_dir: Path) -> Start:
     Raises:
         ModelError, TemplateError: a model that cannot be used; the message says why.
     """
-    settings, tags = cfg.model, TAGS[cfg.model.tag_name]
+    settings, tags = cfg.model, choose_tags(cfg.model.tag_name, cfg.model.path)
     base = on_main(lambda: base_folder(settings, base_dir))
-    # Frozen weights need no more than the precision of the arithmetic; what learns under adapters is float32 again.
-    low = settings.lora is not None and cfg.run.precision == "bf16"
+    # Frozen weights need no more than the precision of the arithmetic; what learns is float32 again.
+    frozen_llm = settings.lora is not None or settings.trainable == "projector"
+    low = frozen_llm and cfg.run.precision == "bf16"
     dtype = torch.bfloat16 if low else torch.float32
+    if settings.path is not None and (stored := stored_tags(read_config(settings.path))) != tags:
+        logger.info("model.tag_name: %s from now on, where %s was saved with %s", tags.open, settings.path, stored.open)
     mllm = load_mllm(base, tags, settings.attention, dtype, settings.quantize)
     if base == settings.path:
         set_chat_template(mllm.processor, settings.chat_template, _system_text(settings), str(base))
@@ -67,6 +73,8 @@ def start_model(cfg: Stage1Config, base_dir: Path) -> Start:
     if settings.tags == "tokens":
         add_generation_tags(mllm, tags)
     set_trainable(mllm.model, settings.trainable)
+    if low and settings.lora is None:
+        learn_in_float32(mllm.model)
     seed_everything(cfg.run.seed)  # loading draws more or less from the generator: on rank 0, or under ZeRO-3
     trained = mllm.model if settings.lora is None else add_adapter(mllm, settings.lora, base)
     logger.info("%s parameters learn, %s are frozen", *(f"{count:,}" for count in count_parameters(trained)))
@@ -82,7 +90,7 @@ def load_start_processor(settings: ModelConfig) -> LlavaProcessor:
         processor = load_processor(settings.path)
         set_chat_template(processor, settings.chat_template, _system_text(settings), str(settings.path))
     if settings.tags == "tokens":
-        add_tag_tokens(processor.tokenizer, TAGS[settings.tag_name])
+        add_tag_tokens(processor.tokenizer, choose_tags(settings.tag_name, settings.path))
     return processor
 
 
@@ -95,14 +103,14 @@ def base_folder(settings: ModelConfig, folder: Path) -> Path:
     Raises:
         ModelError: `folder` holds a model made of other parts.
     """
-    tags = TAGS[settings.tag_name]
+    tags = choose_tags(settings.tag_name, settings.path)
     needs_no_room = settings.lora is None or settings.tags == "text"
     if settings.path is not None and (needs_no_room or _has_room_for_tags(settings)):
         return settings.path
     made_from = {
         name: None if (value := getattr(settings, name)) is None else str(value)
-        for name in ("path", "llm", "vision_tower", "projector", "chat_template", "system_prompt", "tag_name")
-    }
+        for name in ("path", "llm", "vision_tower", "projector", "chat_template", "system_prompt")
+    } | {"tag_name": tag_name(tags)}
     if folder.is_dir():
         before = json.loads((folder / "provenance.json").read_text(encoding="utf-8")).get("made_from")
         if before == made_from:
@@ -128,7 +136,7 @@ def base_folder(settings: ModelConfig, folder: Path) -> Path:
 def _has_room_for_tags(settings: ModelConfig) -> bool:
     """Whether the embedding of `model.path` has a row for each tag, known already or not."""
     assert settings.path is not None
-    processor = load_processor(settings.path, TAGS[settings.tag_name])
+    processor = load_processor(settings.path, choose_tags(settings.tag_name, settings.path))
     return num_token_ids(processor.tokenizer) <= read_config(settings.path).text_config.vocab_size
 
 

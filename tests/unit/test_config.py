@@ -328,7 +328,7 @@ def test_a_sound_stage1_config(stage1_files: list[str]) -> None:
     cfg = load_config(Stage1Config, None, stage1_files)
     assert (cfg.model.tags, cfg.model.tag_name, cfg.data.picture_size, cfg.data.max_length) == (
         "tokens",
-        "gen_img",
+        None,
         512,
         2048,
     )

@@ -17,14 +17,17 @@ from transformers import LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
 from llmga.cli import app
+from llmga.config import RunConfig
 from llmga.runtime import RunFailed
 from llmga.stage1.added_tokens import add_generation_tags
+from llmga.stage1.config import DataConfig, ModelConfig, SourceConfig, Stage1Config
 from llmga.stage1.conversation import Turn, encode_conversation
 from llmga.stage1.convert import ConvertError, convert_checkpoint
 from llmga.stage1.families import FAMILIES
-from llmga.stage1.model import load_mllm, save_mllm
+from llmga.stage1.model import choose_tags, load_mllm, save_mllm
 from llmga.stage1.released_projector import read_projector
-from llmga.tokens import GEN_IMAGE
+from llmga.stage1.start import load_start_processor, start_model
+from llmga.tokens import GEN_IMAGE, GEN_IMG
 from tests.released import HIDDEN, KINDS, VISION_WIDTH, projector_shapes, random_tensors, released_folder
 
 WEIGHTS = "model.safetensors"
@@ -152,6 +155,27 @@ def test_tags_added_since_the_release_go_along(tmp_path: Path) -> None:
     assert "2 tokens were added since the release (</gen_image>, <gen_image>)" in report.warnings[0]
     assert tensors(tmp_path / "back")["lm_head.weight"].shape == (448, HIDDEN)
     assert json.loads((tmp_path / "back" / "config.json").read_text())["vocab_size"] == 448
+
+
+@pytest.mark.parametrize("name", [None, "gen_image", "gen_img"])
+def test_a_run_keeps_the_tags_of_the_release_unless_told_otherwise(
+    name: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    convert_checkpoint(released_folder(tmp_path / "source", "vicuna"), tmp_path / "hf")
+    cfg = Stage1Config(
+        model=ModelConfig(path=tmp_path / "hf", tag_name=name),
+        data=DataConfig(sources=[SourceConfig(path=tmp_path / "rows.jsonl")]),
+        run=RunConfig(output_dir=tmp_path / "run", precision="fp32"),
+    )
+    caplog.set_level("INFO", "llmga")
+    mllm = start_model(cfg, tmp_path / "base").mllm
+    kept = name != "gen_img"
+    assert mllm.tags == (GEN_IMAGE if kept else GEN_IMG) and mllm.tags_are_tokens
+    assert mllm.model.config.generation_tags == ("gen_image" if kept else "gen_img")
+    assert choose_tags(name, cfg.model.path) == mllm.tags
+    assert ("<gen_img> from now on" in caplog.text) is not kept
+    processor = load_start_processor(cfg.model)
+    assert mllm.tags.open in processor.tokenizer.get_added_vocab()
 
 
 def test_a_folder_trained_here_goes_out_without_the_source_files(tmp_path: Path) -> None:

@@ -14,14 +14,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmga.config import load_config
 from llmga.stage1.added_tokens import add_generation_tags
 from llmga.stage1.build import ProjectorError, build_mllm, build_processor
 from llmga.stage1.chat_rows import MARKERS, SYSTEM_TEXT_FILE, read_template, template_names
 from llmga.stage1.chat_template import TemplateError, set_chat_template
+from llmga.stage1.config import Stage1Config
 from llmga.stage1.conversation import Turn, encode_conversation, encode_prompt
 from llmga.stage1.model import Mllm, ModelError, load_mllm, save_mllm
 from llmga.stage1.projector import projector_weights
 from llmga.stage1.reply import Prompt, generate_replies, stop_ids
+from llmga.stage1.start import load_start_processor
 from llmga.tokens import GEN_IMG, IGNORE_INDEX
 from tests.base_models import FAMILIES, IMAGE_SIZE_PX, make_llm, make_tower
 from tests.toy import toy_processor
@@ -219,6 +222,33 @@ def test_a_projector_between_other_models_is_refused(parts: Path, tmp_path: Path
 
 
 # ---------------------------------------------------------------- chat templates
+
+CONFIGS = Path(__file__).parents[2] / "configs/stage1"
+RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if "  llm: " in path.read_text())
+FAMILY_OF_LLM = {  # a published folder, by the beginning of its name
+    "vicuna": "vicuna",
+    "Meta-Llama-3": "llama3",
+    "Mistral": "mistral",
+    "Qwen2": "qwen2",
+    "Phi-3": "phi3",
+    "gemma": "gemma",
+}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_recipe_of_a_real_model_finds_its_chat_template(path: Path, parts: Path) -> None:
+    """With a tokenizer that knows of turns what the published one knows: nothing, in the case of Vicuna's."""
+    settings = load_config(Stage1Config, path, check_machine=False).model
+    assert settings.llm is not None
+    [family] = [FAMILY_OF_LLM[name] for name in FAMILY_OF_LLM if settings.llm.name.startswith(name)]
+    settings.llm, settings.vision_tower = parts / family, parts / "clip"
+    template = load_start_processor(settings).tokenizer.chat_template
+    assert template == read_template(FAMILIES[family].row)
+
+
+def test_the_recipes_of_real_models_are_all_of_them() -> None:
+    """So that a recipe written in another way does not slip through the test above."""
+    assert len(RECIPES) >= 20
 
 
 @pytest.mark.parametrize("name", ["llama2", "mistral", "vicuna"])

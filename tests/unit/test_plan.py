@@ -34,6 +34,7 @@ from llmga.stage1.plan.speed import (
     speed_of_run,
 )
 from llmga.stage1.plan.states import BUFFERS, OPTIMIZER, WEIGHTS, Engine, standing_states
+from llmga.stage1.start import start_model
 from llmga.tokens import IGNORE_INDEX
 from tests.toy import NUM_IMAGE_TOKENS, toy_mllm_folder, toy_processor
 
@@ -216,14 +217,27 @@ def test_adapters_leave_the_base_frozen_and_in_half_precision(tmp_path: Path) ->
     model = MemoryModel(lora, read_architecture(lora.model))
     assert model.counts["adapters"].trained == 4 * 8 * (4 * (192 + 192) + 2 * (192 + 512) + (512 + 192))
     assert model.counts["LLM layers"].trained == 0
+    assert model.counts["projector"] == Counts(74_112, 0)  # peft's untouched copy is memory, and no parameter
     memory = model.at(BatchShape(1, 64, 1, 64))
     frozen, trained = 3_626_496, model.trained
+    assert model.frozen == frozen - 74_112
     assert memory.parts[WEIGHTS] == 2 * frozen + 4 * trained
     assert memory.parts[OPTIMIZER] == 8 * trained
     four_bits = settings(tmp_path, ModelConfig(path=BASE, lora=LoraConfig(rank=8), quantize="nf4"), precision="bf16")
     smaller = MemoryModel(four_bits, read_architecture(four_bits.model)).at(BatchShape(1, 64, 1, 64))
     matrices = 4 * (4 * 192 * 192 + 3 * 192 * 512)
     assert memory.parts[WEIGHTS] - smaller.parts[WEIGHTS] == pytest.approx((2 - 0.51587) * matrices, rel=1e-4)
+
+
+def test_projector_runs_leave_everything_else_in_half_precision(tmp_path: Path) -> None:
+    cfg = settings(tmp_path, ModelConfig(path=BASE, trainable="projector"), precision="bf16")
+    model = MemoryModel(cfg, read_architecture(cfg.model))
+    assert (model.trained, model.trained + model.frozen) == (74_112, 3_626_496)
+    memory = model.at(BatchShape(1, 64, 1, 64))
+    assert memory.parts[WEIGHTS] == 2 * model.frozen + 4 * model.trained
+    start = start_model(cfg, tmp_path / "base").trained
+    assert {p.dtype for p in start.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in start.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
 # ---------------------------------------------------------------- time and disk
@@ -239,6 +253,11 @@ def test_flops_of_a_token_by_hand(tmp_path: Path) -> None:
     attention = 2 * 32 * 4096 * 1000  # forward, of 1,000 tokens of context, causal
     full = flops_per_token(cfg, found.config, counts, tokens=1000, pictures=0)
     assert full == 6 * (layers + head) + 3 * attention
+    chunked = flops_per_token(cfg, found.config, counts, tokens=1000, pictures=0, trained_share=0.25)
+    assert chunked == 6 * layers + 6 * head / 4 + 3 * attention
+    cfg.model.cross_entropy = "full"
+    assert flops_per_token(cfg, found.config, counts, 1000, 0, trained_share=0.25) == full
+    cfg.model.cross_entropy = "chunked"
     cfg.run.gradient_checkpointing = True
     assert flops_per_token(cfg, found.config, counts, 1000, 0) == full + 2 * layers + attention
     picture = flops_per_token(cfg, found.config, counts, 1000, 1) - flops_per_token(cfg, found.config, counts, 1000, 0)
@@ -382,6 +401,12 @@ def test_a_given_throughput_is_told_as_given(world: Path) -> None:
     assert "1,000 tokens/s over all devices; given with --tokens-per-s" in shown
     result = CliRunner().invoke(app, ["plan", str(world / "settings.yaml"), "--card", "GTX"], prog_name="llmga")
     assert result.exit_code == EXIT_BAD_INPUT and "card 'GTX' is not in the table" in result.stderr
+
+
+def test_a_dry_run_of_the_command_is_its_plan(world: Path) -> None:
+    result = CliRunner().invoke(app, ["stage1", str(world / "settings.yaml"), "--dry-run"], prog_name="llmga")
+    assert result.exit_code == EXIT_OK, result.stderr
+    assert result.stdout == plan(world) and not (world / "run").exists()
 
 
 def test_mistakes_in_the_settings_are_no_notes(world: Path) -> None:

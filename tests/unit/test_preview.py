@@ -34,7 +34,7 @@ def cfg(tmp_path_factory) -> Stage1Config:
     (folder / "model" / "config.json").write_text("{}")
     sources = [SourceConfig(path=folder / "pictures.jsonl"), SourceConfig(path=folder / "chats.jsonl", weight=7)]
     return Stage1Config(
-        model=ModelConfig(path=folder / "model"),
+        model=ModelConfig(path=folder / "model", tag_name="gen_img"),
         data=DataConfig(sources=sources, picture_size=32, max_length=400),
         run=RunConfig(output_dir=folder / "run", max_steps=10, batch_size=4),
     )

@@ -53,7 +53,7 @@ def config(world: Path, seed: int = 0, run: dict | None = None, **data) -> Stage
         "picture_size": IMAGE_SIZE_PX,
     }
     return Stage1Config(
-        model=ModelConfig(path=world),
+        model=ModelConfig(path=world, tag_name="gen_img"),
         data=DataConfig(**{**defaults, **data}),
         run=RunConfig(output_dir=world / "run", seed=seed, **(run or {})),
     )

@@ -85,9 +85,11 @@ def build_without_weights(architecture: Architecture, cfg: Stage1Config, dtype: 
 
 
 def count_by_part(model: nn.Module) -> dict[str, Counts]:
-    """Trained and frozen parameters of each of `PARTS` that the model has."""
+    """Trained and frozen parameters of each of `PARTS` that the model has, peft's copy of what it trains left out."""
     counts = {part: [0, 0] for part in PARTS}
     for name, parameter in model.named_parameters():  # a tied head comes once
+        if ".original_module." in name:
+            continue
         counts[part_of(name)][not parameter.requires_grad] += parameter.numel()
     return {part: Counts(*both) for part, both in counts.items() if any(both)}
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from llmga.stage1.config import Stage1Config
+from llmga.stage1.model import learn_in_float32
 from llmga.stage1.plan.architecture import Architecture, Counts, build_without_weights, count_by_part, part_of
 from llmga.stage1.plan.live_bytes import ACTIVATIONS, GRADIENTS, LOSS
 from llmga.stage1.plan.rehearsal import BatchShape, HowToStep, rehearse_step
@@ -123,6 +124,11 @@ class MemoryModel:
         )
 
     def _build(self) -> Any:
-        """Under DeepSpeed all is in the run's precision; else float32, but for a frozen base under adapters."""
-        low = self.engine.compute_bytes == 2 or (self.cfg.model.lora is not None and self.cfg.run.precision == "bf16")
-        return build_without_weights(self.architecture, self.cfg, torch.bfloat16 if low else torch.float32)
+        """Under DeepSpeed all is in the run's precision; else float32, but for what is frozen beside a frozen LLM."""
+        model, plain = self.cfg.model, self.engine.stage is None
+        frozen_llm = model.lora is not None or model.trainable == "projector"
+        low = self.engine.compute_bytes == 2 or (frozen_llm and self.cfg.run.precision == "bf16")
+        built = build_without_weights(self.architecture, self.cfg, torch.bfloat16 if low else torch.float32)
+        if plain and low and model.lora is None:
+            learn_in_float32(built)
+        return built

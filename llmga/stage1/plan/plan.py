@@ -123,7 +123,8 @@ def _speed(cfg: Stage1Config, asked: Asked, model: MemoryModel | None, data: Dat
     if asked.card is None or model is None:
         return None
     pictures = data.pictures if data.pictures is not None else 1.0
-    flops = flops_per_token(cfg, model.architecture.config, model.counts, tokens, pictures)
+    share = 1.0 if data.trained is None or not data.tokens else data.trained / data.tokens
+    flops = flops_per_token(cfg, model.architecture.config, model.counts, tokens, pictures, share)
     return speed_from_share(flops, asked.card, asked.devices, asked.share_of_peak)
 
 

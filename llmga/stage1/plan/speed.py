@@ -74,13 +74,21 @@ def named_card(name: str, memory_gib: float) -> str | None:
     return min(rows, key=lambda key: abs(CARDS[key].memory_gib - memory_gib), default=None)
 
 
-def flops_per_token(cfg: Stage1Config, config: Any, counts: dict[str, Counts], tokens: float, pictures: float) -> float:
+def flops_per_token(
+    cfg: Stage1Config,
+    config: Any,
+    counts: dict[str, Counts],
+    tokens: float,
+    pictures: float,
+    trained_share: float = 1.0,
+) -> float:
     """Floating-point operations for one token of a step, the vision tower's share included.
 
     Args:
         config: of the LLaVA.
         counts: parameters by part.
         tokens, pictures: per example; tokens include picture placeholders.
+        trained_share: of the tokens; the chunked cross-entropy computes no other logits.
     """
     text = config.text_config
     layers, head = counts["LLM layers"], text.vocab_size * text.hidden_size
@@ -92,6 +100,8 @@ def flops_per_token(cfg: Stage1Config, config: Any, counts: dict[str, Counts], t
     again = forward if cfg.run.gradient_checkpointing else 0.0
     head_trains = counts["embeddings and head"].trained > 0
     logits = head * (6 if head_trains else 4)
+    if cfg.model.cross_entropy == "chunked":
+        logits *= trained_share
     vision, projector = counts["vision tower"], counts["projector"]
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     picture = patches * (2 * (vision.trained + vision.frozen) + 6 * projector.trained + 2 * projector.frozen)

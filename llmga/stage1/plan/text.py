@@ -47,10 +47,8 @@ def _settings(plan: Plan) -> Iterator[str]:
 def _data(plan: Plan) -> Iterator[str]:
     cfg, data = plan.cfg, plan.data
     per_step = cfg.run.batch_size * cfg.run.accumulation_steps * plan.asked.devices
-    batch = (
-        f"{cfg.run.batch_size} examples x {cfg.run.accumulation_steps} forward passes x {plan.asked.devices} "
-        f"device{'s'[: plan.asked.devices > 1]} = {per_step:,} examples a step"
-    )
+    micro_batch = f"{_of(cfg.run.batch_size, 'example')} x {_of(cfg.run.accumulation_steps, 'forward pass')}"
+    batch = f"{micro_batch} x {_of(plan.asked.devices, 'device')} = {per_step:,} examples a step"
     steps, examples = data.steps, data.examples
     if examples is None and plan.asked.examples is not None:
         examples, steps = plan.asked.examples, -(-plan.asked.examples // per_step)
@@ -179,6 +177,12 @@ def _marked(chips: Sequence[Chip], marks: tuple[str, str]) -> str:
             text += marks[0] if inside else marks[1]
         text += f"<{chip.text}>" if chip.label == "picture" else chip.text.replace("↵", "\n" if chip.ends_line else "↵")
     return text + (marks[1] if inside else "")
+
+
+def _of(count: int, thing: str) -> str:
+    """A number with its noun."""
+    plural = "" if count == 1 else "es" if thing.endswith("s") else "s"
+    return f"{count:,} {thing}{plural}"
 
 
 def _number(value: int | None) -> str:
