@@ -2,14 +2,14 @@
 
     python benchmarks/plan_memory.py
 
-Each case trains in processes of its own, with the ordinary script, on toy data and (but for the first) a
-random model of about 0.1 billion parameters. Measured is the peak of the largest process's anonymous resident memory,
-looked at every 20 ms until the second step is logged, less that of a process that only imported the same
-libraries. Pages of files are left out: the system takes those of the libraries away as it likes. What is left holds a
-little that no plan has: the matrix library's work space, Python's own objects, and what the C allocator keeps of freed
-memory. The last is taken out by telling the allocator to give every block of 64 KB and more back when it is freed; one
-case is measured without that. On a GPU the same prediction is to be compared with `cuda_gb` of metrics.jsonl, which
-counts what lives in the device's allocator.
+Each case trains in processes of its own, with the ordinary script, on toy data and (but for the first) a random model
+of about 0.1 billion parameters. Measured is the peak of the largest process's anonymous resident memory, looked at all
+through the second step, when the optimizer's states are there, less that of a process that only imported the same
+libraries. Pages of files are left out, those of the weights excepted: the system takes the libraries' away as it likes.
+What is left holds a little that no plan has: the matrix library's work space, Python's own objects, and what the C
+allocator keeps of freed memory. The last is taken out by telling the allocator to give every block of 64 KB and more
+back when it is freed; one case is measured without that. On a GPU the same prediction is to be compared with `cuda_gb`
+of metrics.jsonl, which counts what lives in the device's allocator.
 Files go to a temporary folder (2 GB; --work names another place) and are deleted; the result goes to
 benchmarks/results/plan_memory.json.
 """
@@ -129,16 +129,17 @@ def measure(processes: int, overrides: list[str], baseline_mb: float, keeping: b
         started = psutil.Popen(
             [*command, "configs/stage1/toy.yaml", *overrides], cwd=ROOT, env=variables, stdout=stderr, stderr=stderr
         )
-    peak, looks = 0.0, 0
-    while not last_step_is_logged(run / "metrics.jsonl"):
+    peak, watched = 0.0, []
+    while (steps := steps_logged(run / "metrics.jsonl")) < STEPS:
         if started.poll() is not None:
             raise SystemExit(f"a run ended with exit code {started.returncode}:\n{log.read_text()[-3000:]}")
-        if looks % 50 == 0:
+        if steps and not watched:  # before, weights turn from pages of their file into pages of the process
             watched = [started, *started.children(recursive=True)]
-        looks += 1
         for process in watched:
             with contextlib.suppress(OSError):  # it has ended
-                peak = max(peak, anonymous_mb(Path(f"/proc/{process.pid}/status").read_text()))
+                place = Path(f"/proc/{process.pid}")
+                mapped = mapped_weights_mb((place / "smaps").read_text())
+                peak = max(peak, anonymous_mb((place / "status").read_text()) + mapped)
         time.sleep(0.02)
     for process in [*started.children(recursive=True), started]:
         process.kill()
@@ -146,14 +147,27 @@ def measure(processes: int, overrides: list[str], baseline_mb: float, keeping: b
     return peak - baseline_mb
 
 
-def last_step_is_logged(metrics: Path) -> bool:
-    """Whether the run has made all its steps."""
-    return metrics.exists() and any(f'"step": {STEPS},' in line for line in metrics.read_text().splitlines())
+def steps_logged(metrics: Path) -> int:
+    """How many steps a run has told of."""
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return sum('"loss"' in line for line in lines)
 
 
 def anonymous_mb(status: str) -> float:
     """Resident memory of a process that no file stands for, in MB, from its /proc/PID/status."""
     return next((int(line.split()[1]) * 1024 / 1e6 for line in status.splitlines() if line.startswith("RssAnon")), 0.0)
+
+
+def mapped_weights_mb(smaps: str) -> float:
+    """Resident pages of weight files, in MB: weights that nobody has written to are still the file's."""
+    size, inside = 0, False
+    for line in smaps.splitlines():
+        name, *values = line.split()
+        if not name.endswith(":"):
+            inside = line.endswith(".safetensors")
+        elif inside and name in ("Rss:", "Anonymous:"):
+            size += int(values[0]) * (1 if name == "Rss:" else -1)
+    return size * 1024 / 1e6
 
 
 def environment() -> dict[str, str]:

@@ -34,3 +34,12 @@ def test_every_link_leads_to_a_file() -> None:
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_measured_memory_is_that_of_the_result_file() -> None:
+    page = (ROOT / "docs/plan.md").read_text(encoding="utf-8")
+    cases = json.loads((ROOT / "benchmarks/results/plan_memory.json").read_text(encoding="utf-8"))["cases"]
+    for name, case in cases.items():
+        predicted, measured, ratio = (case[key] for key in ("predicted_mb", "measured_mb", "predicted_over_measured"))
+        assert f"| {name} | {predicted:.0f} | {measured:.0f} | {ratio:.2f} |" in page
+    assert sum(abs(case["predicted_over_measured"] - 1) <= 0.15 for case in cases.values()) >= 3
