@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -91,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "protocol": {
             "data": str(args.data),
             "records": len(records),
+            "rows": args.rows,
+            "vqa_rows": args.vqa_rows,
             "phrasing": args.phrasing,
             "picture_size": settings.picture_size,
             "decoding": "greedy",
@@ -98,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "seed": args.seed,
             "interval": "95 %, bootstrap over records",
         },
-        "systems": {name: str(path) for name, path in systems.items()},
+        "systems": {name: os.path.relpath(path) for name, path in systems.items()},
         "seconds": timing,
         "metrics": summarise(rows),
         "comparisons": compare(rows),
