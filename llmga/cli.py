@@ -303,5 +303,7 @@ def _one_clear_message() -> Iterator[None]:
         code = codes.get(name, EXIT_BAD_INPUT if ours else None)
         if code is None:
             raise
-        typer.echo(error, err=True)
+        from llmga.problem import sentence_of
+
+        typer.echo(sentence_of(error), err=True)
         raise typer.Exit(code) from None

@@ -15,3 +15,9 @@ class Problem(str):
 
     def __reduce__(self) -> tuple[type["Problem"], tuple[str, str]]:
         return Problem, (self.code, str(self))
+
+
+def sentence_of(error: BaseException) -> str:
+    """What an error says; a loading worker wraps it in its own traceback, which is taken off."""
+    message = str(error)
+    return message.strip().splitlines()[-1].partition(": ")[2] if message.startswith("Caught ") else message

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from llmga.config import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
 from llmga.nodes.settings import load_config_together
+from llmga.problem import sentence_of
 from llmga.stage1.config import Stage1Config
 
 
@@ -44,15 +45,15 @@ def main() -> int:
     try:
         train(cfg)
     except Interrupted as stop:
-        code = _tell(str(stop), EXIT_INTERRUPTED)
+        code = _tell(sentence_of(stop), EXIT_INTERRUPTED)
     except RunFailed as failure:
-        return _tell(str(failure), EXIT_FAILED)  # other ranks may be gone: leave without waiting for them
+        return _tell(sentence_of(failure), EXIT_FAILED)  # other ranks may be gone: leave without waiting for them
     except MeetingError as error:
         return give_up(error)
     except ValueError as error:
         if not type(error).__module__.startswith("llmga."):
             raise  # nothing that we foresaw
-        return _tell(str(error), EXIT_BAD_INPUT)
+        return _tell(sentence_of(error), EXIT_BAD_INPUT)
     else:
         code = EXIT_OK
     close_distributed()
@@ -71,15 +72,13 @@ def _dry_run(config: Path, overrides: list[str]) -> int:
     except ValueError as error:
         if not type(error).__module__.startswith("llmga."):
             raise
-        return _tell(str(error), EXIT_BAD_INPUT)
+        return _tell(sentence_of(error), EXIT_BAD_INPUT)
     print(plan_text(plan, colour=sys.stdout.isatty()), end="")
     return EXIT_OK
 
 
 def _tell(message: str, code: int) -> int:
-    """Print the sentence; a loading worker wraps it in its own traceback."""
-    if message.startswith("Caught "):
-        message = message.strip().splitlines()[-1].partition(": ")[2]
+    """Print the sentence, once where all ranks would say it."""
     rank = os.environ.get("RANK", "0")
     if rank == "0" or code == EXIT_BAD_INPUT:
         print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr)

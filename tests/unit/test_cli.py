@@ -117,3 +117,20 @@ def test_exit_codes(module: str, error: str, code: int, monkeypatch: pytest.Monk
     assert found == code
     if module.startswith("llmga."):
         assert err == "what happened\n"
+
+
+def test_an_error_in_a_loading_worker_is_one_sentence_too(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"id": "a", "task": "vqa", "image": 7}\n', encoding="utf-8")
+    code, _, err = run(
+        "stage1",
+        TOY,
+        f"data.sources=[{{path: {rows}}}]",
+        "data.validation=[]",
+        "run.eval_every_steps=0",
+        "run.sample_every_steps=0",
+        f"run.output_dir={tmp_path / 'run'}",
+        "run.num_workers=1",
+    )
+    assert code == EXIT_BAD_INPUT
+    assert "Traceback" not in err and "rows.jsonl" in err
