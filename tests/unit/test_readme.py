@@ -43,3 +43,9 @@ def test_measured_memory_is_that_of_the_result_file() -> None:
         predicted, measured, ratio = (case[key] for key in ("predicted_mb", "measured_mb", "predicted_over_measured"))
         assert f"| {name} | {predicted:.0f} | {measured:.0f} | {ratio:.2f} |" in page
     assert sum(abs(case["predicted_over_measured"] - 1) <= 0.15 for case in cases.values()) >= 3
+
+
+def test_no_page_waits_to_be_filled_in() -> None:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r"@[A-Z0-9]{3,}@|^<{7} |^>{7} ", text, flags=re.MULTILINE), page.name
