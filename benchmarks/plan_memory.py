@@ -129,17 +129,17 @@ def measure(processes: int, overrides: list[str], baseline_mb: float, keeping: b
         started = psutil.Popen(
             [*command, "configs/stage1/toy.yaml", *overrides], cwd=ROOT, env=variables, stdout=stderr, stderr=stderr
         )
-    peak, watched = 0.0, []
+    peak = 0.0
+    watched: dict[int, float] = {}  # process -> weights that it has mapped, in MB
     while (steps := steps_logged(run / "metrics.jsonl")) < STEPS:
         if started.poll() is not None:
             raise SystemExit(f"a run ended with exit code {started.returncode}:\n{log.read_text()[-3000:]}")
         if steps and not watched:  # before, weights turn from pages of their file into pages of the process
-            watched = [started, *started.children(recursive=True)]
-        for process in watched:
+            for process in [started, *started.children(recursive=True)]:
+                watched[process.pid] = mapped_weights_mb(Path(f"/proc/{process.pid}/smaps").read_text())
+        for pid, mapped in watched.items():
             with contextlib.suppress(OSError):  # it has ended
-                place = Path(f"/proc/{process.pid}")
-                mapped = mapped_weights_mb((place / "smaps").read_text())
-                peak = max(peak, anonymous_mb((place / "status").read_text()) + mapped)
+                peak = max(peak, mapped + anonymous_mb(Path(f"/proc/{pid}/status").read_text()))
         time.sleep(0.02)
     for process in [*started.children(recursive=True), started]:
         process.kill()
@@ -185,11 +185,11 @@ def baseline_mb() -> float:
 def main() -> None:
     """Every case, or those whose name holds --only."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--only", default="", help="cases whose name holds this; the others stay as they are")
     parser.add_argument("--work", type=Path, help="folder for temporary files")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
-    cases = {}
+    cases = json.loads(args.out.read_text())["cases"] if args.only and args.out.exists() else {}
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
         work = Path(folder)
         make_inputs(work)
