@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmga.tokens import CHUNK_TOKENS, CLIP_WINDOW
 
-MAX_ROWS = 64  # windows in one call of a text encoder, which bounds the memory it needs
+MAX_ROWS = 32  # windows in one call of a text encoder: bounds memory, and more at once are slower on a CPU's caches
 
 
 def chunk_rows(chunks: Sequence[Sequence[int]], tokenizer: Any, eos_after_text: bool) -> Tensor:
