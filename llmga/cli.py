@@ -204,6 +204,56 @@ def ask(
 
 
 @app.command()
+def restore(
+    generated: Annotated[Path, typer.Option(help="Generated picture, or a folder of them.")],
+    mask: Annotated[Path, typer.Option(help="Its mask, light where pixels were generated, or a folder.")],
+    known: Annotated[Path, typer.Option(help="Picture whose pixels outside the mask are right, or a folder.")],
+    out: Annotated[Path, typer.Option(help="Result: a .png, .bmp or .tif file, or a folder.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a restorer; else what `make diffrir` made, else a shipped toy one.")
+    ] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep/--restore-all", help="Known pixels come out as they went in, bit for bit.")
+    ] = True,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise; a picture's own depends on its name too.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures of equal size at a time.")] = 4,
+    tile: Annotated[int, typer.Option(help="Larger pictures are cut; pixels, a multiple of 32.")] = 768,
+    overlap: Annotated[int, typer.Option(help="Of tiles, which are blended over it; a multiple of 32.")] = 128,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Restore again what is there already.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")] = "auto",
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16: faster on a GPU.")] = False,
+) -> None:
+    """Restore what was generated, so that it matches the known pixels. Exit code 1: some pictures failed."""
+    with _one_clear_message():
+        _log_to_stderr()
+        from llmga.diffrir.folders import find_tasks, restore_files
+        from llmga.diffrir.tiles import Tiling
+
+        tasks, tiling = find_tasks(generated, mask, known, out), Tiling(tile, overlap)
+        import torch
+
+        from llmga.diffrir.network import load_restorer
+
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        restorer = load_restorer(model or newest_restorer(), phase="diffusion", device=device)
+        failures = restore_files(
+            restorer,
+            tasks,
+            seed=seed,
+            batch_size=batch_size,
+            tiling=tiling,
+            composed=keep,
+            overwrite=overwrite,
+            bf16=bf16,
+        )
+        for failure in failures:
+            typer.echo(failure, err=True)
+        typer.echo(f"{len(tasks) - len(failures)} of {len(tasks)} restored: {out}")
+        if failures:
+            raise typer.Exit(2 if len(tasks) == 1 else 1)
+
+
+@app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Folder of a LoRA adapter, such as final/ of a run.")],
     out: Annotated[Path, typer.Argument(help="Folder to make: a whole model, as plain transformers loads it.")],
@@ -261,6 +311,12 @@ def newest_model() -> Path:
     """What `make stage1` made, else the shipped tuned model, else the shipped base model, which writes no tags."""
     candidates = (Path("runs/stage1_toy/final"), SHIPPED_MODELS / "tuned" / "mllm")
     return next((path for path in candidates if path.is_dir()), SHIPPED_MODELS / "base" / "mllm")
+
+
+def newest_restorer() -> Path:
+    """What `make diffrir` made, else the shipped toy restorer."""
+    made = Path("runs/diffrir_toy/final")
+    return made if made.is_dir() else SHIPPED_MODELS / "tuned" / "restorer"
 
 
 def _stage1_settings(config: Path, overrides: list[str] | None) -> Any:

@@ -139,7 +139,7 @@ class DiffRIR(
             steps = [self._encode(folded, ground_truth)]
         else:
             steps = self._predict_prior(self._encode(folded), teacher_prior, noise, generator)
-        image = None if prior_only else self.generator(folded, steps[-1]) + self._enlarge(inputs[:, :3])
+        image = None if prior_only else self.restore_with(inputs, steps[-1])
         return Restoration(image, steps[-1], steps)
 
     def encode_prior(self, inputs: Tensor, ground_truth: Tensor | None = None) -> Tensor:
@@ -150,6 +150,16 @@ class DiffRIR(
         """
         self._check(inputs, ground_truth)
         return self._encode(self.fold(inputs), ground_truth)
+
+    def predict_prior(
+        self, condition: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The prior from its condition, as in use: (B, prior_width) both; phase "diffusion" only."""
+        return self._predict_prior(condition, None, noise, generator)[-1]
+
+    def restore_with(self, inputs: Tensor, prior: Tensor) -> Tensor:
+        """The restored picture for a prior that is known, of these inputs or of the picture that they are cut from."""
+        return self.generator(self.fold(inputs), prior) + self._enlarge(inputs[:, :3])
 
     def fold(self, inputs: Tensor) -> Tensor:
         """Inputs on the quarter grid: (B, in_channels, H/s, W/s) to (B, in_channels * (4/s)^2, H/4, W/4)."""

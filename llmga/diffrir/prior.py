@@ -35,12 +35,24 @@ class PriorEncoder(nn.Module):
 
     def forward(self, folded: Tensor) -> Tensor:
         """(B, in_channels, h, w) to (B, prior_width)."""
+        return self.summarise(self.features(folded).mean(dim=(2, 3)))
+
+    @property
+    def reach(self) -> int:
+        """How many grid cells away an input can change a feature: one per convolution on the way."""
+        return 1 + 2 * len(self.blocks) + len(self.widening)
+
+    def features(self, folded: Tensor) -> Tensor:
+        """What is averaged: (B, in_channels, h, w) to (B, prior_width, h, w)."""
         x = F.leaky_relu(self.head(folded), LEAK)
         for block in self.blocks:
             x = block(x)
         for conv in self.widening:
             x = F.leaky_relu(conv(x), LEAK)
-        prior = x.mean(dim=(2, 3))
+        return x
+
+    def summarise(self, prior: Tensor) -> Tensor:
+        """The prior from the average of the features; (B, prior_width) both."""
         for linear in self.mlp:
             prior = F.leaky_relu(linear(prior), LEAK)
         return prior
