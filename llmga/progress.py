@@ -69,6 +69,10 @@ def figures_line(figures: dict[str, Any]) -> str:
     parts += [f"held out {key.removeprefix('eval_')} {figures[key]:.4f}" for key in figures if key.startswith("eval_")]
     if "tokens_per_s" in figures:
         parts.append(f"{figures['tokens_per_s']:,.0f} tokens/s")
+    elif "samples_per_s" in figures:
+        parts.append(f"{figures['samples_per_s']:,.4g} samples/s")
+    if figures.get("loader_wait", 0) >= 0.03:  # above it, more loading workers would help
+        parts.append(f"{figures['loader_wait']:.0%} waiting for data")
     memory = figures.get("cuda_gb", figures.get("memory_gb"))
     if memory is not None:
         parts.append(f"{memory:.2f} GB")

@@ -12,6 +12,7 @@ import os
 import platform
 import random
 import resource
+import secrets
 import signal
 import socket
 import subprocess
@@ -366,6 +367,18 @@ def tracker_names(trackers: Sequence[str]) -> list[str]:
                 f"run `pip install {name}` or take it off the list (metrics.jsonl is written in any case)"
             )
     return list(trackers)
+
+
+def name_wandb_run(run_dir: Path) -> None:
+    """Where wandb keeps its files, and which of its runs goes on, unless the environment says otherwise."""
+    path = run_dir / "wandb" / "run_id"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() and os.environ.get("RANK", "0") == "0":
+        atomic_write(path, secrets.token_hex(4))
+    os.environ.setdefault("WANDB_PROJECT", "llmga")
+    os.environ.setdefault("WANDB_DIR", str(run_dir))
+    os.environ.setdefault("WANDB_RUN_ID", path.read_text() if path.exists() else "")
+    os.environ.setdefault("WANDB_RESUME", "allow")
 
 
 def memory_gb() -> dict[str, float]:

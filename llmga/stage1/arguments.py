@@ -1,16 +1,12 @@
-"""Our settings as the Trainer's, and DeepSpeed's."""
+"""Our settings as the Trainer's."""
 
-import json
-import os
-import secrets
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-from llmga.files import atomic_write
-from llmga.runtime import tracker_names
+from llmga.engine import deepspeed_settings
+from llmga.runtime import name_wandb_run, tracker_names
 from llmga.stage1.config import Stage1Config
 
 _NEVER = 2**31  # steps
@@ -26,7 +22,7 @@ def training_arguments(cfg: Stage1Config, run_dir: Path) -> TrainingArguments:
     run, optim = cfg.run, cfg.optim
     on_gpu = torch.cuda.is_available()
     if "wandb" in run.trackers:
-        _name_wandb_run(run_dir)
+        name_wandb_run(run_dir)
     return TrainingArguments(
         output_dir=str(run_dir),
         num_train_epochs=1,  # the data are as long as the run
@@ -72,39 +68,3 @@ def training_arguments(cfg: Stage1Config, run_dir: Path) -> TrainingArguments:
         save_steps=run.save_every_steps or _NEVER,  # likewise
         save_total_limit=None,  # CompleteCheckpoints deletes, when the next one is whole
     )
-
-
-def engine_name(deepspeed: Path | None) -> str:
-    """Who owns optimizer and weights: "plain" (alone or DDP), or "zero0" to "zero3"."""
-    if deepspeed is None:
-        return "plain"
-    return f"zero{deepspeed_settings(deepspeed)['zero_optimization'].get('stage', 0)}"
-
-
-def deepspeed_settings(path: Path) -> dict[str, Any]:
-    """Read a DeepSpeed file and add what it must not leave to DeepSpeed's defaults.
-
-    A file silent on clipping clips at 1.0 whatever `optim.max_grad_norm` says, and without gathering there would be no
-    model to save. Two switches that would let a gradient that is not finite reach the weights are taken out.
-    """
-    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        settings.setdefault(key, "auto")
-    settings.setdefault("gradient_clipping", "auto")
-    settings.setdefault("bf16", {}).setdefault("enabled", "auto")
-    settings.setdefault("zero_optimization", {})["stage3_gather_16bit_weights_on_model_save"] = True
-    settings["zero_optimization"].pop("compute_grad_norm", None)
-    settings["bf16"].pop("check_grad_overflow", None)
-    return settings
-
-
-def _name_wandb_run(run_dir: Path) -> None:
-    """Where wandb keeps its files, and which of its runs goes on, unless the environment says otherwise."""
-    path = run_dir / "wandb" / "run_id"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() and os.environ.get("RANK", "0") == "0":
-        atomic_write(path, secrets.token_hex(4))
-    os.environ.setdefault("WANDB_PROJECT", "llmga")
-    os.environ.setdefault("WANDB_DIR", str(run_dir))
-    os.environ.setdefault("WANDB_RUN_ID", path.read_text() if path.exists() else "")
-    os.environ.setdefault("WANDB_RESUME", "allow")

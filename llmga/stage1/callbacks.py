@@ -10,10 +10,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from llmga.bad_samples import KINDS, BadSampleBudget
 from llmga.checkpoint import checkpoint_path, keep_last, mark_complete
 from llmga.progress import RunProgress
 from llmga.runtime import MetricsLog, Ranks, StopSignal, barrier, memory_gb, on_main
-from llmga.stage1.bad_samples import KINDS, BadSampleBudget
 from llmga.stage1.watch import BatchWatch
 
 TOKEN_LOSS = "token_loss"

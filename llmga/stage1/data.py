@@ -4,7 +4,7 @@
     Collator        examples -> one padded batch
 
 What cannot be used is replaced by another row of its source, chosen by the seed, and written down, see
-`llmga.stage1.bad_samples`. Nothing is ever cut.
+`llmga.bad_samples`. Nothing is ever cut.
 """
 
 import math
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from llmga.bad_samples import TRAIN, Kind, write_down
 from llmga.images import PictureError, open_picture, picture_path
+from llmga.mixture import Mixture, rows_per_epoch
 from llmga.records import Record
-from llmga.stage1.bad_samples import TRAIN, Kind, write_down
 from llmga.stage1.config import Stage1Config
 from llmga.stage1.conversation import Encoded, encode_conversation
-from llmga.stage1.mixture import Mixture, rows_per_epoch
 from llmga.stage1.model import choose_tags
 from llmga.stage1.pixels import PixelEncoder, num_image_tokens
 from llmga.stage1.sources import Source, open_sources

@@ -15,13 +15,13 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
+from llmga.bad_samples import BadSampleBudget
 from llmga.files import atomic_write
 from llmga.images import data_url
+from llmga.mixture import Mixture, SourceShare
 from llmga.records import TASKS
-from llmga.stage1.bad_samples import BadSampleBudget
 from llmga.stage1.config import Stage1Config
 from llmga.stage1.data import Sample, Stage1Dataset, build_datasets
-from llmga.stage1.mixture import Mixture, SourceShare
 from llmga.stage1.start import load_start_processor
 from llmga.tokens import IGNORE_INDEX
 

@@ -16,8 +16,11 @@ from transformers import PrinterCallback, Trainer
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.utils.logging import disable_progress_bar
 
+from llmga.bad_samples import BAD_SAMPLES_FILE, BadSampleBudget
 from llmga.checkpoint import checkpoint_step, read_marker
 from llmga.config import dump_config
+from llmga.engine import engine_name
+from llmga.mixture import rows_per_epoch
 from llmga.nodes.preflight import start_together
 from llmga.progress import RunProgress
 from llmga.run_folder import RunFolder, check_fits, explaining_full_disk, hashes, way_on
@@ -30,15 +33,13 @@ from llmga.runtime import (
     on_main,
     seed_everything,
 )
-from llmga.stage1.arguments import engine_name, training_arguments
+from llmga.stage1.arguments import training_arguments
 from llmga.stage1.arithmetic import set_arithmetic
-from llmga.stage1.bad_samples import BAD_SAMPLES_FILE, BadSampleBudget
 from llmga.stage1.balance import BalancedDataset
 from llmga.stage1.callbacks import BadSamples, CompleteCheckpoints, Figures, SampleReplies, StopWhenAsked
 from llmga.stage1.config import Stage1Config
 from llmga.stage1.data import Collator, Stage1Dataset, build_datasets
 from llmga.stage1.held_out import mean_token_loss, token_losses
-from llmga.stage1.mixture import rows_per_epoch
 from llmga.stage1.model import Mllm
 from llmga.stage1.packing import PackingCollator
 from llmga.stage1.resume import accept_saved_names, check_same_adapter

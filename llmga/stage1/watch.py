@@ -3,26 +3,18 @@
 The watch stands on public places only: hooks of the model and of torch's optimizer, and callbacks of the Trainer.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llmga.files import atomic_write
-from llmga.runtime import MetricsLog, Ranks, RunFailed, any_rank, outlive_terminate, sum_over_ranks
+from llmga.non_finite import BAD_GRADIENT, save_and_stop
+from llmga.runtime import MetricsLog, Ranks, any_rank, outlive_terminate, sum_over_ranks
 from llmga.stage1.packing import check_packed
 from llmga.tokens import IGNORE_INDEX
-
-_BAD_GRADIENT = "the gradient is not finite although the loss is"
-
-
-class NonFiniteLossError(RunFailed):
-    """The loss or a gradient became NaN or infinite; the batch is saved and the weights are as before the step."""
 
 
 class NamedBatches:
@@ -95,7 +87,7 @@ class BatchWatch(TrainerCallback):
         # ZeRO's optimizers have been asked for their step by now, and leave it out when the gradient is not finite: all
         # ranks together, for they know the norm over all. They would go on with the next batch.
         if kwargs["optimizer"].step_was_skipped:
-            self._stop(_BAD_GRADIENT)
+            self._stop(BAD_GRADIENT)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.record is not None:
@@ -106,7 +98,7 @@ class BatchWatch(TrainerCallback):
         """Optimizer's pre-hook: all ranks have the same gradients here, so all stop or none."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if gradients and not bool(torch.nn.utils.get_total_norm(gradients).isfinite()):
-            self._stop(_BAD_GRADIENT)
+            self._stop(BAD_GRADIENT)
 
     @torch.compiler.disable  # a compiled hook would be compiled anew for every length of the list of batches
     def _on_batch(
@@ -136,22 +128,10 @@ class BatchWatch(TrainerCallback):
         if any_rank(not torch.tensor(value).isfinite()):
             self._stop(f"the loss is {value}" if not torch.tensor(value).isfinite() else "a loss is not finite")
 
-    def _stop(self, what: str) -> None:
+    def _stop(self, what: str) -> NoReturn:
         """Save this rank's batches of the step and raise on all ranks."""
-        folder = self.run_dir / "non_finite" / f"step-{self._step}"
-        folder.mkdir(parents=True, exist_ok=True)
-        micro_batches = []
-        for number, (ids, tensors) in enumerate(self._batches):
-            name = f"rank{self.ranks.rank}-batch{number}.safetensors"
-            save_file(
-                {key: value.detach().cpu().contiguous() for key, value in tensors.items() if torch.is_tensor(value)},
-                folder / name,
-            )
-            texts = [self.decode(row) for row in tensors["input_ids"].tolist()]
-            micro_batches.append({"file": name, "sample_ids": ids, "texts": texts})
-        report = {"step": self._step, "problem": what, "batches": micro_batches}
-        atomic_write(folder / f"rank{self.ranks.rank}.json", json.dumps(report, indent=1, ensure_ascii=False))
-        raise NonFiniteLossError(
-            f"step {self._step}: {what}. The weights were not touched and the batch is in {folder}. "
-            "Look at its texts, or lower optim.lr or raise optim.warmup, and run again"
-        )
+        batches = [
+            (tensors, {"sample_ids": ids, "texts": [self.decode(row) for row in tensors["input_ids"].tolist()]})
+            for ids, tensors in self._batches
+        ]
+        save_and_stop(self.run_dir, self.ranks, self._step, what, batches)

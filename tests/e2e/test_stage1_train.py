@@ -21,11 +21,11 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from llmga.bad_samples import TooManyBadSamples
 from llmga.checkpoint import is_complete, latest_checkpoint
 from llmga.config import load_config
 from llmga.run_folder import ResumeError
 from llmga.runtime import RunFailed
-from llmga.stage1.bad_samples import TooManyBadSamples
 from llmga.stage1.config import Stage1Config
 from llmga.stage1.model import read_picture_shape
 from llmga.stage1.train import train

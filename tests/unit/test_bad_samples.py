@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmga.stage1.bad_samples import BAD_SAMPLES_FILE, BadSampleBudget, TooManyBadSamples
+from llmga.bad_samples import BAD_SAMPLES_FILE, BadSampleBudget, TooManyBadSamples
 
 SHARE = 0.001
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmga.stage1.mixture import Mixture, MixtureError, rows_per_epoch
+from llmga.mixture import Mixture, MixtureError, rows_per_epoch
 
 sources = st.lists(
     st.tuples(st.integers(1, 60), st.one_of(st.none(), st.just(0.0), st.floats(0.01, 50.0))), min_size=1, max_size=6

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from llmga.bad_samples import BAD_SAMPLES_FILE, BadSampleBudget
 from llmga.config import RunConfig
 from llmga.records import Record, write_manifest
-from llmga.stage1.bad_samples import BAD_SAMPLES_FILE, BadSampleBudget
 from llmga.stage1.config import DataConfig, ModelConfig, SourceConfig, Stage1Config
 from llmga.stage1.data import MAX_NEIGHBOURS, Collator, SampleError, build_datasets
 from llmga.stage1.sources import SourceError, open_sources

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmga.mixture import Mixture, rows_per_epoch
 from llmga.stage1.balance import BalancedDataset
 from llmga.stage1.config import SourceConfig, Stage1Config
 from llmga.stage1.data import Collator, Stage1Dataset, build_datasets
-from llmga.stage1.mixture import Mixture, rows_per_epoch
 from llmga.stage1.packing import PackingCollator
 from llmga.stage1.plan.rehearsal import BatchShape
 from llmga.stage1.preview import Chip, token_chips

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmga.stage1.arguments import deepspeed_settings
+from llmga.engine import deepspeed_settings
 from llmga.stage1.config import Stage1Config
 from llmga.stage1.plan.live_bytes import GRADIENTS
 
