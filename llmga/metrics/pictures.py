@@ -2,8 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _LUMA = (65.481, 128.553, 24.966)  # BT.601, studio range
+_SSIM_WINDOW, _SSIM_SIGMA = 11, 1.5
 
 
 def luma(images: Tensor) -> Tensor:
@@ -32,3 +34,43 @@ def psnr_luma(images: Tensor, targets: Tensor, border: int = 0) -> Tensor:
     error = luma(images) - luma(targets)
     error = error[:, border : error.shape[1] - border, border : error.shape[2] - border]
     return 10 * torch.log10(255**2 / error.square().mean(dim=(1, 2)))
+
+
+def ssim_luma(images: Tensor, targets: Tensor, border: int = 0) -> Tensor:
+    """Structural similarity of the luma: 1 for equal pictures.
+
+    Means, variances and covariance under a Gaussian window of 11 x 11 with sigma 1.5, averaged where it fits whole.
+
+    Args:
+        images, targets: (B, 3, H, W) in [0, 1], at least 11 pixels a side inside the border.
+        border: pixels left out at every side.
+    Returns:
+        (B,) float64.
+    Raises:
+        ValueError: shapes that differ, or less than the window left inside the border.
+    Source: Wang et al., "Image quality assessment: from error visibility to structural similarity" (2004).
+    """
+    inside = min(images.shape[-2:]) - 2 * border
+    if images.shape != targets.shape or inside < _SSIM_WINDOW:
+        raise ValueError(
+            f"images are {tuple(images.shape)}, targets {tuple(targets.shape)} and border {border}; "
+            f"expected equal shapes, with {_SSIM_WINDOW} pixels or more a side inside the border"
+        )
+    x, y = (
+        values[:, None, border : values.shape[1] - border, border : values.shape[2] - border]
+        for values in (luma(images), luma(targets))
+    )
+    offsets = torch.arange(_SSIM_WINDOW, dtype=x.dtype, device=x.device) - _SSIM_WINDOW // 2
+    line = torch.exp(-0.5 * (offsets / _SSIM_SIGMA) ** 2)
+    line = line / line.sum()
+
+    def mean(values: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(values, line.view(1, 1, 1, -1)), line.view(1, 1, -1, 1))
+
+    mean_x, mean_y = mean(x), mean(y)
+    variance_x, variance_y = mean(x * x) - mean_x**2, mean(y * y) - mean_y**2
+    covariance = mean(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    light = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
+    return (light * structure).mean(dim=(1, 2, 3))

@@ -40,7 +40,7 @@ def test_help_answers_in_half_a_second() -> None:
 
 
 @pytest.mark.parametrize(
-    "stage1", "plan", "preflight", "preview", "config", "check", "world", "ask", "merge", "restore", "plan", "preflight", "preview", "config", "check", "world", "ask", "merge"]
+    "command", ["stage1", "plan", "preflight", "preview", "config", "check", "world", "ask", "merge", "restore"]
 )
 def test_every_command_explains_itself(command: str) -> None:
     code, out, _ = run(command, "--help")
@@ -59,7 +59,7 @@ def test_config_prints_what_loads_again_as_the_same(tmp_path: Path) -> None:
     assert again == load_config(Stage1Config, Path(TOY), overrides, check_machine=False)
 
 
-@pytest.mark.parametrize("stage1", "plan", "preflight", "preview", "config", "check", "world", "ask", "merge", "restore", "plan", "preflight", "preview", "config"])
+@pytest.mark.parametrize("command", ["stage1", "plan", "preflight", "preview", "config"])
 def test_bad_settings_are_one_report_and_exit_code_2(command: str) -> None:
     code, out, err = run(command, TOY, "run.max_stps=7", "optim.lr=fast")
     assert (code, out) == (EXIT_BAD_INPUT, "")
