@@ -20,6 +20,7 @@ export PYTHON  # setup_env.sh makes .venv with it, if given
 LAUNCH = -m llmga.nodes.launch --nodes=$(NODES) --nproc=$(NPROC) --launcher=$(LAUNCHER) --node-rank=$(NODE_RANK) \
   --master-addr=$(MASTER_ADDR) --master-port=$(MASTER_PORT) --hostfile=$(HOSTFILE) --launch-args="$(LAUNCH_ARGS)" --python=$(PY)
 STAGE1 = scripts/train_stage1.py $(CONFIG) $(ARGS)
+DIFFRIR = scripts/train_diffrir.py $(CONFIG) $(ARGS)
 
 # The toy data is built when a config reads it.
 TOY_DATA := data/toy/train.jsonl
@@ -43,6 +44,11 @@ $(TOY_DATA): | install  # data of the same settings and wording is left as it is
 .PHONY: stage1
 stage1: install $(NEEDS_DATA)  ## teach the MLLM to write generation prompts; toy scale by default
 	@$(PY) $(LAUNCH) $(STAGE1)
+
+.PHONY: diffrir
+diffrir: CONFIG := $(if $(filter file,$(origin CONFIG)),configs/diffrir/toy.yaml,$(CONFIG))
+diffrir: install $(if $(filter file,$(origin CONFIG)),$(TOY_DATA),$(NEEDS_DATA))  ## train the restorer, phase after phase; toy scale by default
+	@$(PY) $(LAUNCH) $(DIFFRIR)
 
 .PHONY: launch-line
 launch-line:  ## print the line that `make stage1` starts, for a scheduler of your own

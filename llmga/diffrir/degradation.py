@@ -7,7 +7,7 @@ on any device. Shapes change together: what decides them (factors, resizing, ord
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -84,6 +84,33 @@ class DegradationSettings:
     gain: float = 0.08
     bias: float = 0.05
     colour_order: Literal["after", "before"] = "after"
+
+
+def scaled(strength: float, **changes: Any) -> DegradationSettings:
+    """The published pipeline with milder ranges, for pictures too small for it.
+
+    Args:
+        strength: 1 is as published; at 0 blur, resizing, noise and JPEG do next to nothing.
+        changes: of `DegradationSettings`, such as gain.
+    """
+    published = DegradationSettings()
+
+    def milder(part: Round) -> Round:
+        (low, high), (worst, best) = part.factor, part.quality
+        return replace(
+            part,
+            blur_probability=part.blur_probability * strength,
+            sigma=(part.sigma[0], part.sigma[0] + (part.sigma[1] - part.sigma[0]) * strength),
+            factor=(1 - (1 - low) * strength, 1 + (high - 1) * strength),
+            gaussian=(part.gaussian[0] * strength, part.gaussian[1] * strength),
+            poisson=(part.poisson[0] * strength, part.poisson[1] * strength),
+            quality=(min(99, 100 - (100 - worst) * strength), min(99, 100 - (100 - best) * strength)),
+        )
+
+    rounds: dict[str, Any] = (
+        {"first": milder(published.first), "second": milder(published.second)} if strength < 1 else {}
+    )
+    return replace(published, **rounds, sinc_probability=published.sinc_probability * strength, **changes)
 
 
 # ---------------------------------------------------------------- what does happen
