@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field as Limits
 from pydantic.dataclasses import dataclass
 
-from llmga.config import STRICT, AtLeastOne, NotNegative, OptimConfig, RunConfig, Share, combination
+from llmga.config import STRICT, AtLeastOne, NotNegative, RunConfig, Share, combination
 from llmga.files import no_such_file
 
 PhaseName = Literal["prior", "encoder", "joint", "gan"]
@@ -82,6 +82,16 @@ class DataConfig:
 
 
 @dataclass(config=STRICT)
+class AdamConfig:
+    """Adam; learning rates are the phases'."""
+
+    betas: tuple[Annotated[float, Limits(ge=0, lt=1)], Annotated[float, Limits(ge=0, lt=1)]] = (0.9, 0.99)
+    eps: Positive = 1e-8
+    weight_decay: Weight = 0.0
+    max_grad_norm: Weight = 0.0  # 0 does not clip
+
+
+@dataclass(config=STRICT)
 class LossConfig:
     """Weights of what a phase minimises; terms that a phase does not have are left out whatever they weigh."""
 
@@ -107,7 +117,7 @@ class PhaseConfig:
     sharpened: bool = False  # V2: everything but the discriminator's real pictures is sharpened
     discriminator_lr: Positive = 1e-4
     discriminator_width: AtLeastOne = 64
-    eval_every_steps: NotNegative | None = None  # instead of run.eval_every_steps, and of run.save_every_steps
+    eval_every_steps: NotNegative | None = None  # instead of run.eval_every_steps
     border: NotNegative = 0  # pixels that PSNR and SSIM leave out at every side
     loss: LossConfig = field(default_factory=LossConfig)
 
@@ -126,9 +136,7 @@ class DiffRIRConfig:
     run: RunConfig
     phases: list[PhaseConfig]
     model: ModelConfig = field(default_factory=ModelConfig)
-    optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(lr=2e-4, betas=(0.9, 0.99), warmup=0, schedule="constant", max_grad_norm=0)
-    )  # lr and schedule are the phases'
+    optim: AdamConfig = field(default_factory=AdamConfig)
     teacher: Path | None = None  # folder of a phase-prior restorer; None: what phase prior of this run made
     restorer: Path | None = None  # folder to start the first phase from; None: fresh weights, or the teacher's
     perceptual_weights: Path | None = None  # of VGG19, a .pth or .safetensors file; None: torchvision's, if downloaded
@@ -142,7 +150,7 @@ class DiffRIRConfig:
 
     @combination("phases", "teacher", "restorer")
     def _something_to_start_from(self) -> str | None:
-        names = [phase.name for phase in self.phases]
+        names = [phase.name for phase in self.phases] or [PHASES[0]]
         if "prior" not in names and self.teacher is None:
             return f"{names[0]} learns from a phase-prior restorer; give teacher, or train phase prior first"
         if names[0] == "gan" and self.restorer is None:

@@ -59,13 +59,14 @@ def train(cfg: DiffRIRConfig) -> Path:
 
 def phase_config(cfg: DiffRIRConfig, phase: PhaseConfig, teacher: Path | None, restorer: Path | None) -> DiffRIRConfig:
     """The settings of one phase's run: its length, its learning rate, its folder, and what it starts from."""
-    every: dict[str, Any] = {}
-    if phase.eval_every_steps is not None:
-        every = dict.fromkeys(("eval_every_steps", "save_every_steps"), phase.eval_every_steps)
-    run = replace(cfg.run, output_dir=cfg.run.output_dir / phase.name, max_steps=phase.steps, epochs=None, **every)
-    return replace(
-        cfg, run=run, phases=[phase], optim=replace(cfg.optim, lr=phase.lr), teacher=teacher, restorer=restorer
+    run = replace(
+        cfg.run,
+        output_dir=cfg.run.output_dir / phase.name,
+        max_steps=phase.steps,
+        epochs=None,
+        eval_every_steps=cfg.run.eval_every_steps if phase.eval_every_steps is None else phase.eval_every_steps,
     )
+    return replace(cfg, run=run, phases=[phase], teacher=teacher, restorer=restorer)
 
 
 # ---------------------------------------------------------------- one phase
