@@ -180,7 +180,8 @@ class _Loop:
                 if stopping and step < total:
                     raise Interrupted(f"stopped by {self.signals.received} after step {step} of {total}; {way_on(run)}")
             on_main(self._export)
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # `end_training` would part the processes, which another run may need
+            tracker.finish()
         logger.info("finished after %d steps and %d samples: %s", total, self.figures.totals["samples"], run.final)
         return run.final
 

@@ -175,3 +175,34 @@ def _checked(level: float) -> float:
     if not 0 < level < 1:
         raise ValueError(f"level is {level}; expected a confidence between 0 and 1, such as 0.95")
     return level
+
+
+def bootstrap_runs(a: ArrayLike, b: ArrayLike, draws: int = 10_000, seed: int = 0, level: float = 0.95) -> Interval:
+    """Mean of `a - b` where both were trained several times: runs are drawn again, and units within them.
+
+    Args:
+        a, b: (runs, units), the same units in the same order everywhere; run r of both shares its training seed.
+            What was not trained may be given once per run all the same.
+    Returns:
+        `n` is the number of units; the method names both numbers.
+    Raises:
+        ValueError: shapes that differ, or values that are not finite.
+    Source: a hierarchical bootstrap; with few runs the interval is honest about them and therefore wide.
+    """
+    first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if first.shape != second.shape or first.ndim != 2 or not first.size:
+        raise ValueError(f"a is {first.shape} and b {second.shape}; expected (runs, units) twice, with something in it")
+    difference = first - second
+    if not np.isfinite(difference).all():
+        raise ValueError("a or b holds values that are not finite; leave out units that were not measured everywhere")
+    tail = (1 - _checked(level)) / 2
+    runs, units = difference.shape
+    rng = np.random.default_rng(seed)
+    means = np.empty(draws)
+    for start in range(0, draws, chunk := max(1, _CHUNK_NUMBERS // difference.size)):
+        count = min(chunk, draws - start)
+        chosen_runs, chosen_units = rng.integers(0, runs, (count, runs, 1)), rng.integers(0, units, (count, 1, units))
+        means[start : start + count] = difference[chosen_runs, chosen_units].mean(axis=(1, 2))
+    low, high = np.quantile(means, (tail, 1 - tail))
+    method = f"paired percentile bootstrap over {runs} runs, then {units} units"
+    return Interval(float(difference.mean()), float(low), float(high), units, method)

@@ -1,12 +1,20 @@
 """Intervals must cover as often as they claim, on known distributions; Wilson must equal its closed form."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import pytest
 
-from llmga.metrics.intervals import Interval, bootstrap_difference, bootstrap_mean, bootstrap_ratio, wilson
+from llmga.metrics.intervals import (
+    Interval,
+    bootstrap_difference,
+    bootstrap_mean,
+    bootstrap_ratio,
+    bootstrap_runs,
+    wilson,
+)
 
 quick = {"draws": 300}
 
@@ -117,3 +125,21 @@ def test_a_single_unit_has_no_interval_and_says_so() -> None:
 def test_bad_input_is_named(call: Callable[[], Interval], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_few_runs_that_disagree_make_a_wide_interval() -> None:
+    rng = np.random.default_rng(0)
+    units = rng.normal(0, 0.1, 200)
+    agreeing = bootstrap_runs(np.stack([units + 1, units + 1, units + 1]), np.zeros((3, 200)), draws=2000)
+    disagreeing = bootstrap_runs(np.stack([units + 0.5, units + 1, units + 1.5]), np.zeros((3, 200)), draws=2000)
+    assert agreeing.value == pytest.approx(disagreeing.value) == pytest.approx(1 + units.mean())
+    assert agreeing.high - agreeing.low == pytest.approx(2 * 1.96 * units.std() / math.sqrt(200), rel=0.1)
+    assert disagreeing.high - disagreeing.low > 20 * (agreeing.high - agreeing.low)
+    assert agreeing.n == 200 and agreeing.method == "paired percentile bootstrap over 3 runs, then 200 units"
+
+
+def test_runs_that_cannot_be_paired() -> None:
+    with pytest.raises(ValueError, match=r"a is \(2, 3\) and b \(3, 3\); expected \(runs, units\) twice"):
+        bootstrap_runs(np.zeros((2, 3)), np.zeros((3, 3)))
+    with pytest.raises(ValueError, match="holds values that are not finite"):
+        bootstrap_runs([[math.nan]], [[1.0]])
