@@ -28,7 +28,7 @@ NEEDS_DATA := $(if $(shell grep -sl data/toy $(CONFIG)),$(TOY_DATA))
 
 .PHONY: help
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s%s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s%s\n", $$1, $$2}' Makefile
 	@echo
 	@echo '  CONFIG=my.yaml NPROC=8 NODES=2 ARGS="optim.lr=1e-5 run.seed=1" change what is run'
 	@echo '  LAUNCHER=torchrun|deepspeed|slurm|python MASTER_ADDR=node0 change how; see docs/cluster.md'
@@ -77,6 +77,10 @@ toy-base: install  ## train the shipped toy base MLLM again
 .PHONY: toy-tuned
 toy-tuned: install  ## train the shipped tuned toy MLLM again
 	$(PY) scripts/make_toy_tuned.py $(ARGS)
+
+.PHONY: toy-restorer
+toy-restorer: install  ## train the shipped toy restorer again
+	$(PY) scripts/make_toy_restorer.py $(ARGS)
 
 # Tests of one slow file stay in one worker (tests/conftest.py), so that several-process runs do not collide.
 .PHONY: test

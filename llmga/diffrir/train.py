@@ -28,7 +28,7 @@ from llmga.diffrir.phases import DiscriminatorLoss, PredictionLoss, PriorLoss
 from llmga.learner import Learner
 from llmga.loop import Job, Place, run_loop
 from llmga.metrics.lpips import Lpips, missing_for_lpips
-from llmga.run_folder import hashes
+from llmga.run_folder import RunFolder, explaining_full_disk, hashes
 from llmga.runtime import on_main
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,8 @@ def train(cfg: DiffRIRConfig) -> Path:
         made = run_loop(own, partial(build_job, own))
         teacher, restorer = (made, None) if phase.name == "prior" else (teacher, made)
     final = cfg.run.output_dir / "final"
-    on_main(lambda: _copy_whole(made, final))
+    with explaining_full_disk(RunFolder(cfg.run.output_dir)):
+        on_main(lambda: _copy_whole(made, final))
     return final
 
 
@@ -266,7 +267,10 @@ def _provenance(cfg: DiffRIRConfig, phase: PhaseConfig) -> dict[str, Any]:
 
 
 def _copy_whole(source: Path, destination: Path) -> None:
-    """The last phase's result where people look for it; a former one gives way."""
+    """The last phase's result where people look for it; one of other origin gives way."""
+    origins = [folder / "provenance.json" for folder in (source, destination)]
+    if origins[1].is_file() and origins[0].read_bytes() == origins[1].read_bytes():
+        return
     if destination.is_dir():
         shutil.rmtree(destination)
     with write_folder_atomically(destination) as folder:

@@ -75,6 +75,14 @@ def test_several_machines_must_be_told_where_to_meet() -> None:
     assert "NODES=2 needs MASTER_ADDR" in refused.stderr
 
 
+def test_diffrir_has_a_toy_config_of_its_own_and_takes_any_other() -> None:
+    alone = dry_make("diffrir").stdout.strip().splitlines()[-1]
+    assert alone.strip().endswith("scripts/train_diffrir.py configs/diffrir/toy.yaml")
+    other = dry_make("diffrir", "CONFIG=configs/diffrir/x4.yaml", "NPROC=8", "ARGS=run.seed=1").stdout
+    assert "--nproc=8" in other and "scripts/train_diffrir.py configs/diffrir/x4.yaml run.seed=1" in other
+    assert DATA_STEP not in other
+
+
 def test_toy_data_is_built_only_for_a_config_that_reads_it(tmp_path: Path) -> None:
     if not (REPOSITORY / "data/toy/train.jsonl").exists():
         assert DATA_STEP in dry_make("stage1").stdout
@@ -85,7 +93,7 @@ def test_toy_data_is_built_only_for_a_config_that_reads_it(tmp_path: Path) -> No
 
 def test_make_alone_lists_the_commands() -> None:
     listed = subprocess.run(["make"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-    commands = "stage1 test unit check toy-base toy-tuned preview eval clean preflight launch-line"
+    commands = "stage1 diffrir toy-restorer test unit check toy-base toy-tuned preview eval clean preflight launch-line"
     for command in commands.split():
         assert f"make {command} " in listed
 
