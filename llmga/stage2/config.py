@@ -11,6 +11,7 @@ from llmga.config import STRICT, AtLeastOne, NotNegative, OptimConfig, RunConfig
 from llmga.files import no_such_file
 
 Task = Literal["text_to_image", "inpainting"]
+RecordTask = Literal["prompt_refinement", "similar_image", "inpainting", "outpainting", "editing", "vqa", "qa"]
 
 
 @dataclass(config=STRICT)
@@ -51,6 +52,7 @@ class SourceConfig:
     weight: Annotated[float, Limits(ge=0)] | None = None  # against the other sources; None: its number of rows
     name: str | None = None  # in logs; None: the file's name
     text: Literal["prompt", "caption"] = "prompt"  # what is trained on: the MLLM's recorded prompt, or the caption
+    tasks: Annotated[list[RecordTask], Limits(min_length=1)] | None = None  # keep rows of these tasks only
     max_rows: AtLeastOne | None = None  # the first so many rows
     quarantine: Path | None = None  # list of rows to leave out, as `llmga check` writes it
 
