@@ -49,7 +49,7 @@ def build_accelerator(run: RunConfig, optim: OptimConfig, world_size: int) -> Ac
     return Accelerator(
         mixed_precision="bf16" if run.precision == "bf16" else "no",
         gradient_accumulation_steps=1,  # the loop counts its own forward passes
-        cpu=not torch.cuda.is_available(),
+        cpu=not torch.cuda.is_available() and run.deepspeed is None,  # accelerate would leave DeepSpeed out
         deepspeed_plugin=None if run.deepspeed is None else _deepspeed_plugin(run, optim, world_size),
         log_with=tracker_names(run.trackers) or None,
         project_dir=run.output_dir,

@@ -37,6 +37,7 @@ from llmga.run_folder import RunFolder, check_fits, explaining_full_disk, way_on
 from llmga.runtime import (
     Interrupted,
     Ranks,
+    RunFailed,
     StopSignal,
     any_rank,
     barrier,
@@ -194,7 +195,7 @@ class _Loop:
             learner.set_lr(step - 1)
         for number in range(passes):
             waiting = time.perf_counter()
-            batch = next(batches)
+            batch = self._next(batches)
             self.figures.waited(time.perf_counter() - waiting)
             held.append(batch)
             batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
@@ -280,6 +281,17 @@ class _Loop:
             prefetch_factor=4 if workers else None,
         )
         return iter(loader)
+
+    def _next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        try:
+            return next(batches)
+        except (RuntimeError, ConnectionError, EOFError) as error:  # a worker's own errors keep their type
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error).split(":")[0]:
+                raise
+            raise RunFailed(
+                "a loading worker was killed, most often for lack of memory; lower run.num_workers, or give the "
+                f"machine more; {way_on(self.place.run)}"
+            ) from error
 
     # ---------------------------------------------------------------- state
 

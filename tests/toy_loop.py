@@ -26,6 +26,7 @@ class ToyLoopConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     adversary: bool = False  # a second network, which learns to tell answers from predictions
     ema: bool = True
+    dropout: float = 0.25
     bad_example: int | None = None  # its answer is not a number
     kill_at: int | None = None  # example whose loading kills the process
     term_at: int | None = None  # example whose loading asks the process to stop
@@ -61,7 +62,7 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
 def build(cfg: ToyLoopConfig, place: Place) -> Job:
     """A network with dropout, which draws from torch's generator; with an adversary, a second one."""
     torch.manual_seed(3)
-    net = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Dropout(0.25), nn.Linear(8, 1))
+    net = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Dropout(cfg.dropout), nn.Linear(8, 1))
     judge = nn.Linear(1, 1)
     total = cfg.run.max_steps or 8
     seen: dict[str, Tensor] = {}
