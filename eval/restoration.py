@@ -13,8 +13,8 @@ Held-out scenes are degraded, with contrast and brightness off, as only the arms
     reference+colour     with both
 
 Known pixels are pasted back everywhere. Each arm and seed trains in its own run folder below --out; what is finished
-stays, and what was stopped goes on. Writes result.json (every number with its interval), items.jsonl, grid.png and
-index.html.
+stays, and what was stopped goes on. After each seed it writes result.json (every number with its interval),
+items.jsonl, grid.png and index.html.
 """
 
 from __future__ import annotations
@@ -72,16 +72,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         base = load_config(DiffRIRConfig, args.config, args.set)
         pairs = test_pairs(base, args.data, args.pictures)
-        figures = {NONE: [measure_none(pairs)] * args.seeds}
+        none = measure_none(pairs)
+        figures: dict[str, list[dict[str, np.ndarray]]] = {NONE: [], **{arm: [] for arm in args.arms}}
         images = {NONE: [pair["low_quality"] for pair in pairs[:GRID_ROWS]]}
-        for arm in args.arms:
-            figures[arm] = []
-            for seed in range(args.seeds):
-                folder = train(arm_config(base, arm, seed, args.out))
-                found, pictures = measure_arm(folder, pairs)
+        for seed in range(args.seeds):
+            for arm in args.arms:
+                found, pictures = measure_arm(train(arm_config(base, arm, seed, args.out)), pairs)
                 figures[arm].append(found)
                 images.setdefault(arm, pictures)
-                print(f"{arm}, seed {seed}: " + show_means(found), flush=True)
+                print(f"{arm}, seed {seed}: {show_means(found)}", flush=True)
+            figures[NONE].append(none)
+            result = report(args, base, figures, len(pairs))
+            write(args.out, result, figures, grid(pairs, images), pairs)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -93,24 +95,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(error, file=sys.stderr)
         return EXIT_BAD_INPUT
-    result = {
-        "schema_version": 1,
-        "machine": machine_in_words("torch"),
-        "environment": {key: value for key, value in environment().items() if key in ("commit", "versions")},
-        "protocol": {
-            "config": str(args.config),
-            "set": args.set,
-            "data": str(args.data),
-            "pictures": len(pairs),
-            "seeds": args.seeds,
-            "contrast": base.data.contrast,
-            "brightness": base.data.brightness,
-            "strength": base.data.strength,
-            "interval": "95 %, bootstrap over training seeds, then pictures",
-        },
-        **summarise(figures),
-    }
-    write(args.out, result, figures, grid(pairs, images), pairs)
     if args.publish:
         atomic_write(args.publish, json.dumps(result, indent=1) + "\n")
     print(table(result))
@@ -131,7 +115,33 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=300, help="of them, the first so many")
     parser.add_argument("--out", type=Path, default=Path("runs/eval_restoration"))
     parser.add_argument("--publish", type=Path, help="write result.json here too")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.seeds < 1 or args.pictures < 1:
+        parser.error(f"found --seeds {args.seeds} and --pictures {args.pictures}, expected 1 or more of both")
+    return args
+
+
+def report(
+    args: argparse.Namespace, base: DiffRIRConfig, figures: dict[str, list[dict[str, np.ndarray]]], count: int
+) -> dict[str, Any]:
+    """What result.json holds after the seeds so far."""
+    return {
+        "schema_version": 1,
+        "machine": machine_in_words("torch"),
+        "environment": {key: value for key, value in environment().items() if key in ("commit", "versions")},
+        "protocol": {
+            "config": str(args.config),
+            "set": args.set,
+            "data": str(args.data),
+            "pictures": count,
+            "seeds": len(figures[NONE]),
+            "contrast": base.data.contrast,
+            "brightness": base.data.brightness,
+            "strength": base.data.strength,
+            "interval": "95 %, bootstrap over training seeds, then pictures",
+        },
+        **summarise(figures),
+    }
 
 
 # ---------------------------------------------------------------- arms
