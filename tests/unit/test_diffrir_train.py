@@ -279,6 +279,15 @@ def test_a_stopped_phase_goes_on_to_the_same_weights(whole: Path, phase: str, mo
     assert lines(whole.parent / f"again-{phase}" / phase, "loss") == lines(whole / phase, "loss")
 
 
+@pytest.mark.parametrize(("scale", "reference"), [(2, True), (4, True), (1, False)])
+def test_other_scales_and_the_network_without_reference_train_too(tmp_path: Path, scale: int, reference: bool) -> None:
+    words = (f"model.scale={scale}", f"model.reference={str(reference).lower()}", "phases.1.sharpened=true")
+    made = load_restorer(train(settings(tmp_path, "prior", "joint", overrides=words)), scale, "diffusion")
+    prior = load_file(tmp_path / "run/prior/final/model.safetensors")["generator.embed.weight"]
+    assert made.reference is reference and prior.shape == made.generator.embed.weight.shape
+    assert (prior - made.generator.embed.weight).abs().max() < STEPS * 1e-2 + 1e-6  # went on from there
+
+
 def test_checkpointing_keeps_less_and_changes_nothing(whole: Path) -> None:
     again = train(settings(whole.parent, "prior", output_dir="checkpointing", gradient_checkpointing=True))
     found, expected = (load_file(folder / "model.safetensors") for folder in (again, whole / "prior/final"))
