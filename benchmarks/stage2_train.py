@@ -32,25 +32,6 @@ from llmga.stage2.prompt_layout import prompt_layout
 from llmga.tokens import clip_tokenizer
 
 WORDS = ("red", "circle", "beside", "two", "striped", "squares", "under", "an", "old", "lamp", "on", "green", "ground")
-    "a",
-    "red",
-    "circle",
-    "beside",
-    "two",
-    "striped",
-    "squares",
-    "under",
-    "an",
-    "old",
-    "lamp",
-    "on",
-    "dark",
-    "green",
-    "ground",
-    "with",
-    "soft",
-    "light",
-]
 SIZES: dict[str, dict[str, Any]] = {
     "small": {
         "side": 64,
