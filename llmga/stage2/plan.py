@@ -108,12 +108,12 @@ def count_example(unet: nn.Module, cfg: Stage2Config, dtype: torch.dtype, text_w
     kept, blocks, inputs = _Kept(unet), [0.0], [0.0]
 
     def enter(module: nn.Module, arguments: Any, keywords: Any) -> None:
-        module._kept_before = kept.bytes  # type: ignore[assignment]
+        module._kept_before = kept.bytes
         first = arguments[0] if arguments else keywords["hidden_states"]
         inputs[0] += first.numel() * first.element_size()
 
     def leave(module: nn.Module, arguments: Any, output: Any) -> None:
-        blocks[0] = max(blocks[0], kept.bytes - module._kept_before)  # type: ignore[operator]
+        blocks[0] = max(blocks[0], kept.bytes - module._kept_before)
 
     handles = []
     for module in unet.modules():
