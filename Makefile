@@ -1,6 +1,8 @@
 # Everything starts here: `make` alone lists the commands. Nothing has to be installed first but Python 3.11+ and git.
 
-CONFIG ?= configs/stage1/toy.yaml
+# Each stage has a config of its own unless CONFIG names one.
+TOY_OF := $(if $(filter stage2 cache,$(MAKECMDGOALS)),stage2,$(if $(filter diffrir,$(MAKECMDGOALS)),diffrir,stage1))
+CONFIG ?= configs/$(TOY_OF)/toy.yaml
 ARGS   ?=
 
 # Where a run's processes start; llmga/nodes/launch.py makes the line, prints it and becomes it (docs/cluster.md).
@@ -20,7 +22,11 @@ export PYTHON  # setup_env.sh makes .venv with it, if given
 LAUNCH = -m llmga.nodes.launch --nodes=$(NODES) --nproc=$(NPROC) --launcher=$(LAUNCHER) --node-rank=$(NODE_RANK) \
   --master-addr=$(MASTER_ADDR) --master-port=$(MASTER_PORT) --hostfile=$(HOSTFILE) --launch-args="$(LAUNCH_ARGS)" --python=$(PY)
 STAGE1 = scripts/train_stage1.py $(CONFIG) $(ARGS)
+STAGE2 = scripts/train_stage2.py $(CONFIG) $(ARGS)
 DIFFRIR = scripts/train_diffrir.py $(CONFIG) $(ARGS)
+CACHE  = scripts/cache_stage2.py $(CONFIG) $(ARGS)
+# A config that trains from a cache has it made, or mended, first.
+NEEDS_CACHE := $(if $(shell grep -slE '^cache:' $(CONFIG)),cache)
 
 # The toy data is built when a config reads it.
 TOY_DATA := data/toy/train.jsonl
@@ -45,9 +51,16 @@ $(TOY_DATA): | install  # data of the same settings and wording is left as it is
 stage1: install $(NEEDS_DATA)  ## teach the MLLM to write generation prompts; toy scale by default
 	@$(PY) $(LAUNCH) $(STAGE1)
 
+.PHONY: stage2
+stage2: install $(NEEDS_DATA) $(NEEDS_CACHE)  ## teach Stable Diffusion to follow long prompts; toy scale by default
+	@$(PY) $(LAUNCH) $(STAGE2)
+
+.PHONY: cache
+cache: install $(NEEDS_DATA)  ## make or mend the latents that CONFIG trains stage 2 from
+	@$(PY) $(LAUNCH) $(CACHE)
+
 .PHONY: diffrir
-diffrir: CONFIG := $(if $(filter file,$(origin CONFIG)),configs/diffrir/toy.yaml,$(CONFIG))
-diffrir: install $(if $(filter file,$(origin CONFIG)),$(TOY_DATA),$(NEEDS_DATA))  ## train the restorer, phase after phase; toy scale by default
+diffrir: install $(NEEDS_DATA)  ## train the restorer, phase after phase; toy scale by default
 	@$(PY) $(LAUNCH) $(DIFFRIR)
 
 .PHONY: launch-line

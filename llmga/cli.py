@@ -140,6 +140,9 @@ def plan(
     """Tell what a run will do, need and cost, and show its first batch, without running it."""
     with _one_clear_message():
         _quiet_libraries()
+        if _is_stage2(config):
+            _plan_stage2(config, overrides or [], devices)
+            return
         from llmga.stage1.plan.plan import Asked, make_plan
         from llmga.stage1.plan.text import plan_text
 
@@ -155,8 +158,10 @@ def show_config(config: ConfigFile, overrides: Overrides = None) -> None:
 
         from llmga.config import dump_config, load_config
         from llmga.stage1.config import Stage1Config
+        from llmga.stage2.config import Stage2Config
 
-        settings = load_config(Stage1Config, config, overrides or (), check_machine=False)
+        schema: type[Any] = Stage2Config if _is_stage2(config) else Stage1Config
+        settings = load_config(schema, config, overrides or (), check_machine=False)
         typer.echo(yaml.safe_dump(dump_config(settings), sort_keys=False, allow_unicode=True), nl=False)
 
 
@@ -317,6 +322,24 @@ def newest_restorer() -> Path:
     """What `make diffrir` made, else the shipped toy restorer."""
     made = Path("runs/diffrir_toy/final")
     return made if made.is_dir() else SHIPPED_MODELS / "tuned" / "restorer"
+
+
+def _is_stage2(config: Path) -> bool:
+    """Whether a config is one of stage 2, which alone has a `task`."""
+    from llmga.config_report import Report
+    from llmga.config_source import read_yaml
+
+    data, _ = read_yaml(config, Report(str(config)))
+    return "task" in data
+
+
+def _plan_stage2(config: Path, overrides: list[str], devices: int) -> None:
+    from llmga.config import load_config
+    from llmga.stage2.config import Stage2Config
+    from llmga.stage2.plan import make_plan, plan_text
+
+    settings = load_config(Stage2Config, config, overrides, check_machine=False)
+    typer.echo(plan_text(make_plan(settings, devices)), nl=False)
 
 
 def _stage1_settings(config: Path, overrides: list[str] | None) -> Any:

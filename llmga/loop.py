@@ -345,8 +345,9 @@ class _Loop:
 
     def _stop_at(self, step: int, what: str, held: list[dict[str, Any]]) -> None:
         """Save the step's batches and end the run on every rank."""
-        named = [
-            (_flat(batch), {key: list(batch[key]) for key in ("sample_ids", "texts") if key in batch}) for batch in held
+        told = ("sample_ids", "texts")
+        named: list[tuple[dict[str, Any], dict[str, Any]]] = [
+            (_flat(batch), {key: list(batch[key]) for key in told if key in batch}) for batch in held
         ]
         save_and_stop(self.place.run.path, self.place.ranks, step, what, named)
 

@@ -164,9 +164,7 @@ class Stage2Config:
     cache: CacheConfig = field(default_factory=CacheConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
-    optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(lr=2e-5, weight_decay=0.01, warmup=0, schedule="constant")
-    )
+    optim: OptimConfig = field(default_factory=OptimConfig)
 
     @combination("data.crop", "cache.path", "cache.crops")
     def _crops_that_fit(self) -> str | None:

@@ -110,7 +110,13 @@ def write_shard(cfg: Stage2Config, parts: Parts, cache: SourceCache, number: int
             _encode(parts, cfg, loaded, kept)
             entries += [entry for entry, _ in loaded]
     path = cache.shard_path(number)
-    tensors = {f"{name}.{key}": np.stack(values) for name, by_key in kept.items() for key, values in by_key.items()}
+    tensors = {
+        f"{name}.{key}": np.ascontiguousarray(np.stack(values))
+        for name, by_key in kept.items()
+        for key, values in by_key.items()
+    }
+    # safetensors writes memory as it lies, and an autoencoder's output may lie with its channels last.
+    assert all(tensor.flags.c_contiguous for tensor in tensors.values())
     path.with_suffix(".json").unlink(missing_ok=True)  # an index never stands beside another shard's tensors
     with written_aside(path) as aside:
         save_file(tensors, aside)
