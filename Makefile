@@ -60,6 +60,12 @@ plan: install $(NEEDS_DATA)  ## tell what CONFIG will do, need and cost, without
 preview: install $(NEEDS_DATA)  ## write a page of the examples that CONFIG trains on
 	$(PY) -m llmga preview $(CONFIG) $(ARGS)
 
+# One recording, from one process or many: they share no port and never wait for each other.
+RECORD_CONFIG := $(if $(filter configs/stage1/toy.yaml,$(CONFIG)),configs/record/toy.yaml,$(CONFIG))
+.PHONY: record
+record: install $(if $(shell grep -sl data/toy $(RECORD_CONFIG)),$(TOY_DATA))  ## have the MLLM write the prompt of every row of a manifest, for stage 2
+	@$(PY) $(LAUNCH) scripts/record_prompts.py $(RECORD_CONFIG) $(ARGS)
+
 .PHONY: eval
 eval: install $(TOY_DATA)  ## measure what stage 1 learned, the base model beside the tuned one
 	$(PY) eval/language.py $(ARGS)
@@ -71,6 +77,10 @@ toy-base: install  ## train the shipped toy base MLLM again
 .PHONY: toy-tuned
 toy-tuned: install  ## train the shipped tuned toy MLLM again
 	$(PY) scripts/make_toy_tuned.py $(ARGS)
+
+.PHONY: toy-sd
+toy-sd: install  ## train the toy Stable Diffusion `base` again
+	$(PY) scripts/make_toy_sd.py $(ARGS)
 
 # Tests of one slow file stay in one worker (tests/conftest.py), so that several-process runs do not collide.
 .PHONY: test

@@ -124,7 +124,9 @@ def margins_in_pixels(size: tuple[int, int], margins: Sequence[float]) -> Margin
     if any(not margin >= 0 or margin == float("inf") for margin in margins):
         raise CanvasError(f"margins are {', '.join(f'{m:g}' for m in margins)}; expected none below 0")
     sides = (size[0], size[1], size[0], size[1])
-    pixels = [round(margin * side) if margin < 1 else round(margin) for margin, side in zip(margins, sides, strict=True)]
+    pixels = [
+        round(margin * side) if margin < 1 else round(margin) for margin, side in zip(margins, sides, strict=True)
+    ]
     if not any(pixels):
         raise CanvasError("all margins are 0, so there is nothing to paint; give one side at least a pixel")
     return (pixels[0], pixels[1], pixels[2], pixels[3])
@@ -146,7 +148,9 @@ def fit_canvas(canvas: Canvas, size: tuple[int, int]) -> tuple[Image.Image, Imag
     if canvas.size == size:
         return canvas.picture, mask
     grown = np.asarray(mask.resize(size, Image.Resampling.BILINEAR)) > 0
-    return canvas.picture.resize(size, Image.Resampling.LANCZOS), Image.fromarray(grown.astype(np.uint8) * np.uint8(255))
+    return canvas.picture.resize(size, Image.Resampling.LANCZOS), Image.fromarray(
+        grown.astype(np.uint8) * np.uint8(255)
+    )
 
 
 def paste_back(painted: Image.Image, canvas: Canvas, paste: Paste, feather_px: int = OVERLAP_PX) -> Image.Image:

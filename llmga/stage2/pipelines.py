@@ -43,9 +43,7 @@ def load_pipeline(folder: Path, device: str | torch.device | None = None, dtype:
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     layout = load_layout(folder)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True
-        )
+        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise PipelineError(f"{folder} cannot be loaded: {reason}; weights must be safetensors") from None
@@ -68,17 +66,24 @@ def pipeline_for(pipeline: Any, task: Task) -> Any:
     if channels not in _CHANNELS[task]:
         if channels == 9:
             raise PipelineError(
-                "the UNet has 9 input channels, so it was trained for inpainting: give it a picture with a mask or margins"
+                "the UNet has 9 input channels, so it was trained for inpainting: "
+                "give it a picture with a mask or margins"
             )
-        raise PipelineError(f"the UNet has {channels} input channels, expected {' or '.join(map(str, _CHANNELS[task]))}")
+        raise PipelineError(
+            f"the UNet has {channels} input channels, expected {' or '.join(map(str, _CHANNELS[task]))}"
+        )
     import diffusers
 
     kind = getattr(diffusers, CLASSES["text_encoder_2" in parts, task])
     if type(pipeline) is kind:
         return pipeline
     options = {} if "text_encoder_2" in parts else {"requires_safety_checker": False}
-    wanted = {name: part for name, part in parts.items() if name in kind.__init__.__annotations__ or name == "scheduler"}
+    wanted = {
+        name: part for name, part in parts.items() if name in kind.__init__.__annotations__ or name == "scheduler"
+    }
     made = kind(**wanted, **options)
-    made.register_to_config(**{key: pipeline.config[key] for key in ("force_zeros_for_empty_prompt",) if key in pipeline.config})
+    made.register_to_config(
+        **{key: pipeline.config[key] for key in ("force_zeros_for_empty_prompt",) if key in pipeline.config}
+    )
     made.set_progress_bar_config(disable=True)
     return made

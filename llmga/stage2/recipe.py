@@ -1,7 +1,9 @@
 """Pictures that say how they were made: a recipe as JSON in a PNG's text, enough to paint the same again."""
 
 import json
+import platform
 from dataclasses import asdict, dataclass, field, fields
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +86,9 @@ def read_recipe(path: Path) -> Recipe:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else "is not a picture that can be read"
         raise RecipeError(f"{path} {reason}; expected a PNG as `llmga sample` writes it") from None
     if text is None:
-        raise RecipeError(f"{path} carries no recipe; `llmga sample` writes them, and many programs drop them on saving")
+        raise RecipeError(
+            f"{path} carries no recipe; `llmga sample` writes them, and many programs drop them on saving"
+        )
     try:
         content: dict[str, Any] = json.loads(text)
         version = content.pop("recipe")
@@ -99,3 +103,28 @@ def read_recipe(path: Path) -> Recipe:
         return Recipe(**content)
     except TypeError as problem:
         raise RecipeError(f"the recipe in {path} is incomplete: {problem}") from None
+
+
+def weights_hash(folder: Path) -> str:
+    """16 digits that tell one pipeline folder from another: of the size and both ends of every weight file."""
+    digest = sha256()
+    for path in sorted(folder.glob("*/*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)}\0{size}\0".encode())
+        with open(path, "rb") as file:
+            for start in (0, size // 2, max(0, size - (1 << 16))):
+                file.seek(start)
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()[:16]
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what a picture depends on."""
+    import diffusers
+    import torch
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        **{module.__name__: module.__version__ for module in (torch, diffusers, transformers)},
+    }

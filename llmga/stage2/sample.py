@@ -8,10 +8,8 @@ Each picture has a seed of its own and is painted beside prompts of as many chun
 size of a batch nor on what else is in it.
 """
 
-import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from llmga.checkpoint import sha256 as file_sha256
-from llmga.images import open_picture
-from llmga.prompt_chunks import PromptError
 from llmga.stage2.canvas import (
-    OVERLAP_PX,
-    PASTES,
     Canvas,
-    Paste,
     extended_canvas,
     fit_canvas,
     margins_in_pixels,
@@ -37,57 +29,18 @@ from llmga.stage2.canvas import (
 from llmga.stage2.pipelines import PipelineError, Task, load_pipeline, pipeline_for
 from llmga.stage2.prompt_batch import UNCONDITIONAL, attending_to
 from llmga.stage2.prompt_encoder import LongPromptEncoder
-from llmga.stage2.recipe import Recipe, RecipeError, save_with_recipe
+from llmga.stage2.recipe import Recipe, RecipeError, library_versions, save_with_recipe, weights_hash
+from llmga.stage2.sample_inputs import (
+    PictureLike,
+    SampleError,
+    Settings,
+    aligned,
+    one_each,
+    opened,
+    origin_of,
+    recorded_file,
+)
 from llmga.stage2.schedulers import scheduler_by_name
-
-PictureLike = Image.Image | str | Path
-MAX_SEED = 2**63 - 1
-
-
-class SampleError(ValueError):
-    """A setting that no picture can be painted with."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to paint; None takes what the model is known to do well with.
-
-    Attributes:
-        steps: of the sampler.
-        guidance_scale: None: 7.5, or 5.0 for SDXL's text to image; 1 and below paint without guidance.
-        scheduler: a key of `llmga.stage2.schedulers.SCHEDULERS`; None: the pipeline's own.
-        width, height: pixels; None: what the UNet was trained at, and for pictures to complete their own shape.
-        batch_size: pictures painted together.
-        strength: of completing; 1 starts from pure noise, so that nothing hidden leaks.
-        paste: see `llmga.stage2.canvas.paste_back`.
-        feather_px, overlap_px: see `llmga.stage2.canvas`.
-        weighted: read brackets in prompts as weights.
-    """
-
-    steps: int = 50
-    guidance_scale: float | None = None
-    scheduler: str | None = None
-    width: int | None = None
-    height: int | None = None
-    batch_size: int = 4
-    strength: float = 1.0
-    paste: Paste = "none"
-    feather_px: int = OVERLAP_PX
-    overlap_px: int = OVERLAP_PX
-    weighted: bool = False
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without a model."""
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise SampleError(f"{name} is {getattr(self, name)}, expected 1 or more")
-        for name in ("feather_px", "overlap_px"):
-            if getattr(self, name) < 0:
-                raise SampleError(f"{name} is {getattr(self, name)}, expected 0 or more")
-        if not 0 < self.strength <= 1:
-            raise SampleError(f"strength is {self.strength}, expected above 0, up to 1")
-        if self.paste not in PASTES:
-            raise SampleError(f"paste is {self.paste!r}, expected one of {', '.join(PASTES)}")
 
 
 @dataclass(frozen=True)
@@ -184,7 +137,7 @@ class Sampler:
         size = self._asked_size(settings) or (self.native_px, self.native_px)
         jobs = [
             _Job(prompt, negative, one, size)
-            for prompt, negative, one in zip(*_aligned(prompts, negatives, seed), strict=True)
+            for prompt, negative, one in zip(*aligned(prompts, negatives, seed), strict=True)
         ]
         return self._paint("text_to_image", "text_to_image", jobs, settings)
 
@@ -206,13 +159,13 @@ class Sampler:
         Raises:
             as `text_to_image`; PictureError: a file cannot be read; CanvasError: a mask does not fit or hides nothing.
         """
-        texts, negatives, seeds = _aligned(prompts, negatives, seed)
-        pictures, masks = _one_each("pictures", pictures, texts), _one_each("masks", masks, texts)
+        texts, negatives, seeds = aligned(prompts, negatives, seed)
+        pictures, masks = one_each("pictures", pictures, texts), one_each("masks", masks, texts)
         settings, jobs = settings or Settings(), []
         for text, negative, one, picture, mask in zip(texts, negatives, seeds, pictures, masks, strict=True):
-            hole = mask if isinstance(mask, np.ndarray) else _opened(mask)
-            canvas = masked_canvas(_opened(picture), hole)
-            facts = {"picture": _origin(picture), "mask": _origin(mask)}
+            hole = mask if isinstance(mask, np.ndarray) else opened(mask)
+            canvas = masked_canvas(opened(picture), hole)
+            facts = {"picture": origin_of(picture), "mask": origin_of(mask)}
             jobs.append(_Job(text, negative, one, self._size_for(canvas, settings), 1, canvas, facts))
         return self._paint("inpainting", "inpainting", jobs, settings)
 
@@ -233,14 +186,14 @@ class Sampler:
         Raises:
             as `inpaint`.
         """
-        texts, negatives, seeds = _aligned(prompts, negatives, seed)
+        texts, negatives, seeds = aligned(prompts, negatives, seed)
         settings, jobs = settings or Settings(), []
         for text, negative, one, picture in zip(
-            texts, negatives, seeds, _one_each("pictures", pictures, texts), strict=True
+            texts, negatives, seeds, one_each("pictures", pictures, texts), strict=True
         ):
-            opened = _opened(picture)
-            canvas = extended_canvas(opened, margins, settings.overlap_px)
-            facts = {"picture": _origin(picture), "margins": list(margins_in_pixels(opened.size, margins))}
+            given = opened(picture)
+            canvas = extended_canvas(given, margins, settings.overlap_px)
+            facts = {"picture": origin_of(picture), "margins": list(margins_in_pixels(given.size, margins))}
             jobs.append(_Job(text, negative, one, self._size_for(canvas, settings), 1, canvas, facts))
         return self._paint("outpainting", "inpainting", jobs, settings)
 
@@ -336,7 +289,7 @@ class Sampler:
             feather_px=settings.feather_px if completes else None,
             overlap_px=settings.overlap_px if told == "outpainting" else None,
             weighted=settings.weighted,
-            versions=_versions(),
+            versions=library_versions(),
             **job.facts,
         )
 
@@ -371,47 +324,10 @@ class Sampler:
         asked = {"prompts": recipe.prompt, "negatives": recipe.negative, "seed": recipe.seed, "settings": settings}
         if recipe.task == "text_to_image":
             return self.text_to_image(**asked)[0]
-        picture = _recorded(recipe.picture, "picture")
+        picture = recorded_file(recipe.picture, "picture")
         if recipe.task == "outpainting":
             return self.outpaint(pictures=picture, margins=recipe.margins or (), **asked)[0]
-        return self.inpaint(pictures=picture, masks=_recorded(recipe.mask, "mask"), **asked)[0]
-
-
-def weights_hash(folder: Path) -> str:
-    """16 digits that tell one pipeline folder from another: of the size and both ends of every weight file."""
-    digest = sha256()
-    for path in sorted(folder.glob("*/*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)}\0{size}\0".encode())
-        with open(path, "rb") as file:
-            for start in (0, size // 2, max(0, size - (1 << 16))):
-                file.seek(start)
-                digest.update(file.read(1 << 16))
-    return digest.hexdigest()[:16]
-
-
-def _aligned(
-    prompts: str | Sequence[str], negatives: str | Sequence[str | None] | None, seed: int | Sequence[int]
-) -> tuple[list[str], list[str | None], list[int]]:
-    """Prompts, and a negative and a seed for each of them."""
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not texts:
-        raise PromptError("there is no prompt; give at least one, which may be empty")
-    against = [negatives] * len(texts) if isinstance(negatives, str | None) else list(negatives)
-    seeds = [seed + number for number in range(len(texts))] if isinstance(seed, int) else list(seed)
-    for name, values in (("negative prompts", against), ("seeds", seeds)):
-        if len(values) != len(texts):
-            raise SampleError(f"there are {len(values)} {name} for {len(texts)} prompts; expected one for each")
-    if bad := [one for one in seeds if not 0 <= one <= MAX_SEED]:
-        raise SampleError(f"seed {bad[0]} is out of range, expected 0 to {MAX_SEED}")
-    return texts, against, seeds
-
-
-def _one_each(name: str, values: Any, texts: Sequence[str]) -> list[Any]:
-    given = list(values) if isinstance(values, list | tuple) else [values] * len(texts)
-    if len(given) != len(texts):
-        raise SampleError(f"there are {len(given)} {name} for {len(texts)} prompts; expected one for all or one for each")
-    return given
+        return self.inpaint(pictures=picture, masks=recorded_file(recipe.mask, "mask"), **asked)[0]
 
 
 def _batches(jobs: Sequence[_Job], batch_size: int) -> Iterator[list[int]]:
@@ -422,35 +338,3 @@ def _batches(jobs: Sequence[_Job], batch_size: int) -> Iterator[list[int]]:
     for key in sorted(groups):
         for start in range(0, len(groups[key]), batch_size):
             yield groups[key][start : start + batch_size]
-
-
-def _opened(picture: PictureLike) -> Image.Image:
-    return picture if isinstance(picture, Image.Image) else open_picture(picture)
-
-
-def _origin(picture: Any) -> dict[str, str | None]:
-    """Where a picture came from, and the hash of its file or of its pixels."""
-    if isinstance(picture, str | Path):
-        return {"path": str(Path(picture).absolute()), "sha256": file_sha256(Path(picture))}
-    return {"path": None, "sha256": sha256(np.ascontiguousarray(picture).tobytes()).hexdigest()}
-
-
-def _recorded(origin: dict[str, str | None] | None, what: str) -> Path:
-    """The file that a recipe names, if it is still the same."""
-    if origin is None or origin.get("path") is None:
-        raise RecipeError(f"the recipe's {what} was no file when it was painted; it cannot be painted again from here")
-    path = Path(str(origin["path"]))
-    if not path.is_file() or file_sha256(path) != origin.get("sha256"):
-        state = "has changed since" if path.is_file() else "is gone"
-        raise RecipeError(f"the recipe's {what} {path} {state}; put the file back that it was painted with")
-    return path
-
-
-def _versions() -> dict[str, str]:
-    import diffusers
-    import transformers
-
-    return {
-        "python": platform.python_version(),
-        **{module.__name__: module.__version__ for module in (torch, diffusers, transformers)},
-    }

@@ -96,8 +96,8 @@ def train_text_encoder(recipe: TextRecipe, state_path: Path, log: Callable[[str]
             states = reader["encoder"](ids[rows]).last_hidden_state
         logits = reader["heads"](states.float())
         losses = [
-            F.cross_entropy(l.flatten(0, 1), labels[rows][..., i].flatten().long(), ignore_index=UNSEEN)
-            for i, l in enumerate(logits)
+            F.cross_entropy(slot.flatten(0, 1), labels[rows][..., i].flatten().long(), ignore_index=UNSEEN)
+            for i, slot in enumerate(logits)
         ]
         return torch.stack(losses).sum()
 

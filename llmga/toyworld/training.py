@@ -75,9 +75,8 @@ def fit(
         done, now = step + 1, time.monotonic()
         if done % schedule.report_every == 0 or done == schedule.steps:
             left = (now - started) / (done - first) * (schedule.steps - done)
-            log(
-                f"{name}: step {done}/{schedule.steps}, loss {loss.item():.4f}, {_judged(average, report)}, {left:.0f} s left"
-            )
+            told = f"step {done}/{schedule.steps}, loss {loss.item():.4f}, {_judged(average, report)}"
+            log(f"{name}: {told}, {left:.0f} s left")
         if now - saved > SAVE_EVERY_SECONDS or done == schedule.steps:
             _save(state_path, parts, done)
             saved = now

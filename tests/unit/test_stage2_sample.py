@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
+from diffusers import DDIMScheduler
+from PIL import Image, PngImagePlugin
 
 from llmga.prompt_chunks import PromptError
 from llmga.stage2.canvas import (
@@ -23,9 +23,9 @@ from llmga.stage2.canvas import (
     working_size,
 )
 from llmga.stage2.pipelines import PipelineError
-from llmga.stage2.prompt_layout import prompt_layout, save_layout
-from llmga.stage2.recipe import Recipe, RecipeError, read_recipe, save_with_recipe
-from llmga.stage2.sample import Sampler, SampleError, Settings
+from llmga.stage2.prompt_layout import prompt_layout, save_layout, stamp_layout
+from llmga.stage2.recipe import RecipeError, read_recipe
+from llmga.stage2.sample import SampleError, Sampler, Settings
 from llmga.stage2.schedulers import SCHEDULERS, SchedulerError, scheduler_by_name
 from tests.toy_diffusion import toy_sd_pipeline, toy_sdxl_pipeline
 
@@ -59,8 +59,6 @@ def apart(one: Image.Image, other: Image.Image) -> int:
 @pytest.mark.parametrize("kind", MAKERS)
 def test_a_picture_depends_on_its_seed_and_not_on_its_batch(kind: str, layout: str) -> None:
     pipeline = MAKERS[kind]()
-    from llmga.stage2.prompt_layout import stamp_layout
-
     stamp_layout(pipeline.unet, prompt_layout(layout))
     sampler = Sampler(pipeline)
     prompts, seeds = ["a red boat", LONG, "two cats", ""], [5, 6, 7, 8]
@@ -85,7 +83,8 @@ def test_a_negative_and_late_words_change_the_picture_and_guidance_1_needs_no_ne
     pictures = [
         sampler.text_to_image(prompt, negative, 1, Settings(steps=2, guidance_scale=scale))[0].picture
         for prompt, negative, scale in [
-            (LONG, None, 7.5), (LONG, "fog " * 90, 7.5), (LONG + " moon", None, 7.5), (LONG, None, 1.0), (LONG, "x", 1.0)
+            (LONG, None, 7.5), (LONG, "fog " * 90, 7.5), (LONG + " moon", None, 7.5),
+            (LONG, None, 1.0), (LONG, "x", 1.0),
         ]
     ]  # fmt: skip
     assert apart(pictures[0], pictures[1]) > 0 and apart(pictures[0], pictures[2]) > 0
@@ -94,8 +93,7 @@ def test_a_negative_and_late_words_change_the_picture_and_guidance_1_needs_no_ne
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_keeps_what_the_model_predicts(name: str) -> None:
-    own = toy_sd_pipeline().scheduler
-    own.register_to_config(prediction_type="v_prediction")
+    own = DDIMScheduler(prediction_type="v_prediction", beta_start=0.0007)
     scheduler = scheduler_by_name(name, own)
     assert scheduler.config.prediction_type == "v_prediction" and scheduler.config.beta_start == own.config.beta_start
 
@@ -137,7 +135,9 @@ def test_what_the_mask_hides_does_not_leak() -> None:
 def test_outpainting_grows_the_canvas_on_every_side_and_keeps_the_picture() -> None:
     sampler = Sampler(toy_sd_pipeline(INPAINT["sd"], in_channels=9))
     picture = noise(24, 20)
-    [painted] = sampler.outpaint("a sea", picture, (0.5, 3, 0, 8), settings=Settings(steps=2, paste="exact", overlap_px=2))
+    [painted] = sampler.outpaint(
+        "a sea", picture, (0.5, 3, 0, 8), settings=Settings(steps=2, paste="exact", overlap_px=2)
+    )
     assert painted.picture.size == (24 + 12, 20 + 3 + 8)
     assert np.array_equal(np.asarray(painted.picture)[3:23, 12:36], np.asarray(picture))
     assert painted.recipe.margins == [12, 3, 0, 8] and painted.recipe.task == "outpainting"
@@ -145,7 +145,10 @@ def test_outpainting_grows_the_canvas_on_every_side_and_keeps_the_picture() -> N
 
 def test_several_pictures_of_several_sizes_in_one_call() -> None:
     sampler = Sampler(toy_sd_pipeline(INPAINT["sd"], in_channels=9))
-    pictures, masks = [noise(16, 16), noise(48, 16), noise(9, 7)], [left_half(16, 16), left_half(48, 16), left_half(9, 7)]
+    pictures, masks = (
+        [noise(16, 16), noise(48, 16), noise(9, 7)],
+        [left_half(16, 16), left_half(48, 16), left_half(9, 7)],
+    )
     painted = sampler.inpaint(["a", LONG, "c"], pictures, masks, seed=1, settings=QUICK)
     assert [one.picture.size for one in painted] == [(16, 16), (48, 16), (20, 16)]
     [alone] = sampler.inpaint(LONG, pictures[1], masks[1], seed=2, settings=QUICK)
@@ -237,9 +240,9 @@ def test_sizes_keep_the_shape_and_round_to_whole_multiples() -> None:
 # ---------------------------------------------------------------- recipes
 
 
-def saved(folder: Path, kind: str = "sd", **options: Any) -> Path:
+def saved(folder: Path) -> Path:
     """The folder of a saved pipeline in the published layout."""
-    MAKERS[kind](**options).save_pretrained(folder)
+    toy_sd_pipeline().save_pretrained(folder)
     save_layout(folder, prompt_layout("published", 3))
     return folder
 
@@ -249,7 +252,7 @@ def test_a_picture_can_be_painted_again_from_its_own_file(tmp_path: Path) -> Non
     sampler = Sampler.load(folder, device="cpu")
     assert sampler.encoder.layout == prompt_layout("published", 3)
     settings = Settings(steps=3, guidance_scale=4.0, scheduler="dpm++", width=24, height=16)
-    [painted] = sampler.text_to_image(f"{LONG} \N{SNOWMAN} \"quoted\"", "fog", 11, settings)
+    [painted] = sampler.text_to_image(f'{LONG} \N{SNOWMAN} "quoted"', "fog", 11, settings)
     painted.save(tmp_path / "a.png")
     recipe = read_recipe(tmp_path / "a.png")
     assert recipe == painted.recipe and recipe.model == str(folder) and len(recipe.model_hash) == 16
@@ -258,7 +261,7 @@ def test_a_picture_can_be_painted_again_from_its_own_file(tmp_path: Path) -> Non
 
 
 def test_a_completed_picture_can_be_painted_again_unless_its_picture_changed(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "model", kind="sd", **{"kind": INPAINT["sd"]}, in_channels=9) if False else tmp_path / "m"
+    folder = tmp_path / "model"
     toy_sd_pipeline(INPAINT["sd"], in_channels=9).save_pretrained(folder)
     noise(20, 20).save(tmp_path / "in.png")
     left_half(20, 20).save(tmp_path / "mask.png")
@@ -294,14 +297,11 @@ def test_recipes_that_cannot_be_followed_are_refused(tmp_path: Path) -> None:
     for text, message in (("{", "is damaged"), (json.dumps({"recipe": 9}), "has version 9, this code reads version 1"),
                           (json.dumps({"recipe": 1, "task": "x"}), "is incomplete"),
                           (json.dumps({"recipe": 1, "colour": "x"}), "has the unknown keys colour")):  # fmt: skip
-        from PIL import PngImagePlugin
-
         info = PngImagePlugin.PngInfo()
         info.add_text("llmga", text)
         noise(4, 4).save(tmp_path / "odd.png", pnginfo=info)
         with pytest.raises(RecipeError, match=message):
             read_recipe(tmp_path / "odd.png")
-    assert isinstance(painted.recipe, Recipe) and save_with_recipe(painted.picture, painted.recipe, tmp_path / "b.png") is None
 
 
 # ---------------------------------------------------------------- refusals
@@ -315,7 +315,7 @@ def test_recipes_that_cannot_be_followed_are_refused(tmp_path: Path) -> None:
         (lambda s: s.text_to_image(["a", "b"], ["c"]), SampleError, "there are 1 negative prompts for 2 prompts"),
         (lambda s: s.text_to_image(["a", "b"], seed=[1]), SampleError, "there are 1 seeds for 2 prompts"),
         (lambda s: s.text_to_image("a", seed=-1), SampleError, "seed -1 is out of range"),
-        (lambda s: s.text_to_image("a", settings=Settings(width=15)), SampleError, "width is 15, expected a multiple of 2"),
+        (lambda s: s.text_to_image("a", settings=Settings(width=15)), SampleError, "width is 15, expected a multiple"),
         (lambda s: s.text_to_image("a", settings=Settings(scheduler="eulr")), SchedulerError, "did you mean 'euler'"),
         (lambda s: s.inpaint(["a", "b"], [noise(4, 4)], left_half(4, 4)), SampleError, "1 pictures for 2 prompts"),
     ],
@@ -329,7 +329,8 @@ def test_what_cannot_be_painted_is_refused_in_one_sentence(call: Any, error: typ
     ("changes", "message"),
     [
         ({"steps": 0}, "steps is 0"), ({"batch_size": 0}, "batch_size is 0"), ({"strength": 1.5}, "strength is 1.5"),
-        ({"paste": "soft"}, "paste is 'soft', expected one of none, exact, feather"), ({"feather_px": -1}, "feather_px is -1"),
+        ({"paste": "soft"}, "paste is 'soft', expected one of none, exact, feather"),
+        ({"feather_px": -1}, "feather_px is -1"),
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(changes: dict, message: str) -> None:
@@ -348,4 +349,3 @@ def test_models_that_cannot_paint_are_refused(tmp_path: Path) -> None:
     (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(folder / "unet" / "moved")
     with pytest.raises(PipelineError, match="cannot be loaded"):
         Sampler.load(folder)
-    torch.manual_seed(0)

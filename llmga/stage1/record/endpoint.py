@@ -110,7 +110,7 @@ def post(endpoint: EndpointConfig, path: str, body: dict[str, Any]) -> Any:
     problem = ""
     for attempt in range(endpoint.retries + 1):
         request = urllib.request.Request(url, data, {"Content-Type": "application/json", **_authorization(endpoint)})
-        wait = min(_LONGEST_WAIT_S, endpoint.backoff_s * 2**attempt) * random.uniform(0.5, 1.0)  # noqa: S311
+        wait = min(_LONGEST_WAIT_S, endpoint.backoff_s * 2**attempt) * random.uniform(0.5, 1.0)
         try:
             with urllib.request.urlopen(request, timeout=endpoint.timeout_s) as response:
                 return json.loads(response.read())

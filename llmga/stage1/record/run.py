@@ -9,7 +9,6 @@ from hashlib import sha256
 from itertools import islice
 from threading import Event
 from typing import Any
-from zlib import crc32
 
 from llmga.images import PictureError, open_picture, picture_path
 from llmga.progress import duration
