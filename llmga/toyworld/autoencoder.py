@@ -35,8 +35,9 @@ class AutoencoderRecipe:
     edge_weight: float = 1.0
     tower_weight: float = 0.1
     kl_weight: float = 1e-6
+    num_held_out: int = 256
     seed: int = 0
-    schedule: Schedule = field(default_factory=lambda: Schedule(steps=3_000, lr=1.5e-3))
+    schedule: Schedule = field(default_factory=lambda: Schedule(steps=2_000, lr=1.5e-3, ema_decay=0.995))
 
 
 def build_autoencoder(recipe: AutoencoderRecipe) -> AutoencoderKL:
@@ -71,7 +72,7 @@ def train_autoencoder(
         kl = posterior.kl().mean()
         return reconstruction_loss(rebuilt.float(), pictures, tower, recipe) + recipe.kl_weight * kl
 
-    held_out = [sample_scene(seed) for seed in SPLITS["validation"][:256]]
+    held_out = [sample_scene(seed) for seed in SPLITS["validation"][: recipe.num_held_out]]
     autoencoder = fit(
         "autoencoder", model, loss_of_step, recipe.schedule, state_path,
         lambda now: f"read % {in_words(parse_ceiling(now, held_out))}", log,

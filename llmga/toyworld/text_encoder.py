@@ -42,9 +42,10 @@ class TextRecipe:
     num_heads: int = 4
     num_captions: int = 40_000
     styles: dict[str, float] = field(default_factory=lambda: {"brief": 0.15, "medium": 0.5, "long": 0.35})
+    num_held_out: int = 512
     batch_size: int = 48
     seed: int = 0
-    schedule: Schedule = field(default_factory=lambda: Schedule(steps=2_000, lr=1.5e-3))
+    schedule: Schedule = field(default_factory=lambda: Schedule(steps=1_500, lr=1.5e-3))
 
 
 def build_text_encoder(recipe: TextRecipe) -> CLIPTextModel:
@@ -88,7 +89,7 @@ def train_text_encoder(recipe: TextRecipe, state_path: Path, log: Callable[[str]
     """Train on captions of scenes of the train split."""
     reader = nn.ModuleDict({"encoder": build_text_encoder(recipe), "heads": SaidHeads(recipe.hidden_size)})
     ids, labels = caption_windows(SPLITS["train"][: recipe.num_captions], recipe)
-    held_out = caption_windows(SPLITS["validation"][:512], recipe)
+    held_out = caption_windows(SPLITS["validation"][: recipe.num_held_out], recipe)
 
     def loss_of_step(step: int) -> Tensor:
         rows = np.random.default_rng([recipe.seed, step]).integers(0, len(ids), recipe.batch_size)

@@ -37,6 +37,7 @@ class UnetRecipe:
     layers_per_block: int = 1
     num_scenes: int = 16_000
     captions_per_scene: int = 4
+    num_held_out: int = 48
     batch_size: int = 32
     empty_share: float = 0.1
     seed: int = 0
@@ -164,10 +165,11 @@ def train_unet(
             predicted = unet(noisy, timesteps, states).sample
         return F.mse_loss(predicted.float(), noise_scheduler.get_velocity(clean, noise, timesteps))
 
+    held_out = SPLITS["validation"][: recipe.num_held_out]
     schedule = recipe.inpainting if is_inpainting else recipe.schedule
     return fit(
         "inpainting UNet" if is_inpainting else "UNet", unet, loss_of_step, schedule, state_path,
-        lambda now: in_words(read_samples(now, text_encoder, autoencoder, SPLITS["validation"][:48])), log,
+        lambda now: in_words(read_samples(now, text_encoder, autoencoder, held_out)), log,
     )  # fmt: skip
 
 
