@@ -304,6 +304,62 @@ def test_recipes_that_cannot_be_followed_are_refused(tmp_path: Path) -> None:
             read_recipe(tmp_path / "odd.png")
 
 
+# ---------------------------------------------------------------- the command
+
+
+def run_sample(*arguments: str) -> Any:
+    """`llmga sample` in this process."""
+    from typer.testing import CliRunner
+
+    from llmga.cli import app
+
+    return CliRunner().invoke(app, ["sample", *arguments])
+
+
+def test_the_command_paints_files_of_its_own_and_one_of_them_again(tmp_path: Path) -> None:
+    folder, out = saved(tmp_path / "model"), tmp_path / "out"
+    (tmp_path / "prompts.txt").write_text("a boat\n\ntwo cats\n")
+    arguments = [
+        "--model",
+        str(folder),
+        "--out",
+        str(out),
+        "--steps",
+        "2",
+        "--prompts-file",
+        str(tmp_path / "prompts.txt"),
+    ]
+    told = run_sample("a sun", *arguments, "--seed", "3")
+    assert told.exit_code == 0, told.output
+    names = ["00000-seed3.png", "00001-seed4.png", "00002-seed5.png"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert read_recipe(out / names[2]).prompt == "two cats"
+    told = run_sample("--recipe", str(out / names[1]), "--out", str(out))
+    assert told.exit_code == 0 and told.stdout.strip() == str(out / "00003-seed4.png")
+    assert apart(Image.open(out / names[1]), Image.open(out / "00003-seed4.png")) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "there is nothing to paint"),
+        (["a"], "no model is named"),
+        (["a", "--model", "x", "--mask", "m", "--extend", "1,1,1,1"], "found --mask and --extend, expected one"),
+        (["a", "--model", "x", "--picture", "p"], "found --picture alone"),
+        (["a", "--model", "x", "--mask", "m"], "found --mask or --extend alone"),
+        (
+            ["a", "--model", "x", "--picture", "p", "--extend", "a,b"],
+            "--extend is 'a,b', expected left,top,right,bottom",
+        ),
+        (["--prompts-file", "absent.txt"], "--prompts-file: absent.txt does not exist"),
+        (["a", "--model", "absent"], "absent does not exist; expected the folder of a diffusers pipeline"),
+    ],
+)
+def test_what_is_typed_wrong_is_told_in_one_sentence(arguments: list[str], message: str) -> None:
+    told = run_sample(*arguments)
+    assert told.exit_code == 2 and message in " ".join(told.output.split())
+
+
 # ---------------------------------------------------------------- refusals
 
 

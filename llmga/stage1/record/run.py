@@ -51,7 +51,10 @@ def record_prompts(cfg: RecordConfig, ranks: Ranks) -> Merged | None:
         done, asked = done_rows(folder), _asked_rows(cfg, source)
         mine = asked[ranks.rank :: ranks.world_size]
         left = [row for row in mine if source.manifest_row(row) not in done]
-        logger.info("rank %d of %d: %d of %d rows to record", ranks.rank, ranks.world_size, len(left), len(mine))
+        by = cfg.model or f"{engine.provenance['model']} at {cfg.endpoint and cfg.endpoint.url}"
+        logger.info(
+            "rank %d of %d: %d of %d rows to record, by %s", ranks.rank, ranks.world_size, len(left), len(mine), by
+        )
         progress = _Progress(ranks, len(left))
         rows = iter(left)
         while batch := list(islice(rows, cfg.batch_size)):
