@@ -1,5 +1,6 @@
 """Stock diffusers pipelines from a folder: which class a task needs, and whether the weights fit it."""
 
+import inspect
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,9 +79,8 @@ def pipeline_for(pipeline: Any, task: Task) -> Any:
     if type(pipeline) is kind:
         return pipeline
     options = {} if "text_encoder_2" in parts else {"requires_safety_checker": False}
-    wanted = {
-        name: part for name, part in parts.items() if name in kind.__init__.__annotations__ or name == "scheduler"
-    }
+    taken = inspect.signature(kind.__init__).parameters
+    wanted = {name: part for name, part in parts.items() if name in taken}
     made = kind(**wanted, **options)
     made.register_to_config(
         **{key: pipeline.config[key] for key in ("force_zeros_for_empty_prompt",) if key in pipeline.config}

@@ -61,7 +61,7 @@ def tagged(body: dict[str, Any], number: int = 0) -> str:
 
 
 def test_every_row_that_asks_for_a_picture_gets_its_prompt_with_provenance(manifest: Path) -> None:
-    with chat_server(tagged, delay_s=0.05) as server:
+    with chat_server(tagged, delay_s=0.2) as server:
         merged = record_prompts(settings(manifest, server), Ranks())
     assert merged is not None and (merged.num_prompts, merged.rejected) == (8, {})
     records = list(open_manifest(merged.out))
@@ -72,7 +72,7 @@ def test_every_row_that_asks_for_a_picture_gets_its_prompt_with_provenance(manif
         "hole",
         "edit",
     ]
-    assert server.most_at_once == 4 and len(server.requests) == 8
+    assert 2 <= server.most_at_once <= 4 and len(server.requests) == 8
     for record in records:
         told = record.meta["recorded"]
         assert record.prompt == f"{told['instruction']} {told['seed']}" and told["tokens"] > 3

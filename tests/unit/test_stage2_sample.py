@@ -123,6 +123,17 @@ def test_inpainting_pastes_kept_pixels_back_bit_for_bit(kind: str, channels: int
     assert raw.picture.size == (32, 16) if kind == "sdxl" else raw.picture.size == (26, 16)
 
 
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_text_to_image_pipeline_completes_pictures_too_and_stays_what_it_is(kind: str) -> None:
+    pipeline = MAKERS[kind]()
+    sampler = Sampler(pipeline)
+    [before] = sampler.text_to_image("a boat", settings=QUICK)
+    [painted] = sampler.inpaint("a boat", noise(16, 16), left_half(16, 16), settings=Settings(steps=2, paste="exact"))
+    assert np.array_equal(np.asarray(painted.picture)[:, 8:], np.asarray(noise(16, 16))[:, 8:])
+    [after] = sampler.text_to_image("a boat", settings=QUICK)
+    assert apart(before.picture, after.picture) == 0 and sampler.pipeline is pipeline
+
+
 def test_what_the_mask_hides_does_not_leak() -> None:
     sampler = Sampler(toy_sd_pipeline(INPAINT["sd"], in_channels=9))
     picture, mask = noise(16, 16), left_half(16, 16)
