@@ -79,6 +79,14 @@ plan: install $(NEEDS_DATA)  ## tell what CONFIG will do, need and cost, without
 preview: install $(NEEDS_DATA)  ## write a page of the examples that CONFIG trains on
 	$(PY) -m llmga preview $(CONFIG) $(ARGS)
 
+# One recording, from one process or many: they share no port and never wait for each other.
+RECORD_CONFIG := $(if $(filter configs/stage1/toy.yaml,$(CONFIG)),configs/record/toy.yaml,$(CONFIG))
+# The toy recording asks what `make stage1` made, where that is there, else the shipped tuned model.
+RECORD_MODEL := $(if $(filter configs/record/toy.yaml,$(RECORD_CONFIG)),$(addprefix model=,$(wildcard runs/stage1_toy/final)))
+.PHONY: record
+record: install $(if $(shell grep -sl data/toy $(RECORD_CONFIG)),$(TOY_DATA))  ## have the MLLM write the prompt of every row of a manifest, for stage 2
+	@$(PY) $(LAUNCH) scripts/record_prompts.py $(RECORD_CONFIG) $(RECORD_MODEL) $(ARGS)
+
 .PHONY: eval
 eval: install $(TOY_DATA)  ## measure what stage 1 learned, the base model beside the tuned one
 	$(PY) eval/language.py $(ARGS)
@@ -94,6 +102,10 @@ toy-tuned: install  ## train the shipped tuned toy MLLM again
 .PHONY: toy-restorer
 toy-restorer: install  ## train the shipped toy restorer again
 	$(PY) scripts/make_toy_restorer.py $(ARGS)
+
+.PHONY: toy-sd
+toy-sd: install  ## train the toy Stable Diffusion `base` again
+	$(PY) scripts/make_toy_sd.py $(ARGS)
 
 # Tests of one slow file stay in one worker (tests/conftest.py), so that several-process runs do not collide.
 .PHONY: test

@@ -280,6 +280,48 @@ def merge(
 
 
 @app.command()
+def sample(
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts of any length.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of a diffusers pipeline, SD1.5 or SDXL.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("runs/sample"),
+    prompts_file: Annotated[Path | None, typer.Option(help="Text file with a prompt on each line.")] = None,
+    negative: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first picture; the others count on.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
+    steps: Annotated[int, typer.Option(min=1)] = 50,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; else 7.5, or 5 for SDXL.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="ddim, euler, dpm++, unipc, ...; else the model's own.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels; else what the model was trained at.")] = None,
+    height: Annotated[int | None, typer.Option(min=1)] = None,
+    picture: Annotated[Path | None, typer.Option(help="Picture to complete, with --mask or --extend.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Light where to generate.")] = None,
+    extend: Annotated[str | None, typer.Option(help="left,top,right,bottom in pixels, or shares below 1.")] = None,
+    paste: Annotated[Literal["none", "exact", "feather"], typer.Option(help="Kept pixels back in place.")] = "none",
+    feather: Annotated[int, typer.Option(min=0, help="Pixels over which feather fades.")] = 8,
+    overlap: Annotated[int, typer.Option(min=0, help="Pixels painted anew beside a side that grows.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures painted together.")] = 4,
+    weighted: Annotated[bool, typer.Option("--weighted", help="Read (brackets:1.2) as weights.")] = False,
+    recipe: Annotated[Path | None, typer.Option(help="A picture made by this command, to paint again.")] = None,
+) -> None:
+    """Paint pictures from prompts; with --picture complete one. Each PNG carries its recipe."""
+    with _one_clear_message():
+        _quiet_libraries()
+        from llmga.stage2.sample_command import Asked, sample_to_folder
+        from llmga.stage2.sample_inputs import Settings
+
+        _log_to_stderr()
+        asked = Asked(
+            out, model, tuple(prompts or ()), prompts_file, negative, seed, count, picture, mask, extend, recipe
+        )
+        settings = Settings(
+            steps, guidance, scheduler, width, height, batch_size,
+            paste=paste, feather_px=feather, overlap_px=overlap, weighted=weighted,
+        )  # fmt: skip
+        for path in sample_to_folder(asked, settings):
+            typer.echo(path)
+
+
+@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a checkpoint, or file of a projector.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make; .safetensors for a projector.")],

@@ -137,12 +137,15 @@ def fit_mask(picture: Image.Image, size: int, mode: PictureMode = "squash", sour
     Args:
         source: the path of the picture to be masked, for mode "laion", which depends on it.
     """
-    grey = np.asarray(picture.convert("L"))
-    if grey.max() <= 1:
-        grey = grey * np.uint8(255)
-    fitted = fit_picture(Image.fromarray(grey), size, mode, source)
+    fitted = fit_picture(grey_mask(picture), size, mode, source)
     hole = (np.asarray(fitted) >= MASK_THRESHOLD).astype(np.uint8)
     return Mask(hole, _name_kind(hole))
+
+
+def grey_mask(picture: Image.Image) -> Image.Image:
+    """A mask of any mode as 8-bit grey; one that holds 0 and 1 is stretched to 0 and 255."""
+    grey = np.asarray(picture.convert("L"))
+    return Image.fromarray(grey * np.uint8(255) if grey.max() <= 1 else grey)
 
 
 def _name_kind(hole: np.ndarray) -> MaskKind:

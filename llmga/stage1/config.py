@@ -57,15 +57,15 @@ class ModelConfig:
 
     @combination("path", machine=True)
     def _model_folder(self) -> str | None:
-        return _without_model(self.path, "a LLaVA model saved by transformers")
+        return without_model(self.path, "a LLaVA model saved by transformers")
 
     @combination("llm", machine=True)
     def _llm_folder(self) -> str | None:
-        return _without_model(self.llm, "a causal LM saved by transformers")
+        return without_model(self.llm, "a causal LM saved by transformers")
 
     @combination("vision_tower", machine=True)
     def _tower_folder(self) -> str | None:
-        return _without_model(self.vision_tower, "a CLIP or SigLIP model saved by transformers")
+        return without_model(self.vision_tower, "a CLIP or SigLIP model saved by transformers")
 
     @combination("projector", machine=True)
     def _projector_there(self) -> str | None:
@@ -117,7 +117,7 @@ class ModelConfig:
         return "Liger's kernels need the package liger-kernel, which is not installed; pip install '.[gpu]'"
 
 
-def _without_model(folder: Path | None, expected: str) -> str | None:
+def without_model(folder: Path | None, expected: str) -> str | None:
     """What is wrong with a model folder, None if nothing is."""
     if folder is None or (folder / "config.json").is_file():
         return None

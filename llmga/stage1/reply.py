@@ -55,6 +55,7 @@ def generate_replies(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    seeds: Sequence[int] | None = None,
     progress: bool = False,
     picture_size: int | None = None,
     picture_mode: PictureMode | None = None,
@@ -69,6 +70,7 @@ def generate_replies(
         temperature: 0 takes the likeliest token, greedily; above, tokens are drawn from logits / temperature.
         top_p: draw among the likeliest tokens that together reach this probability.
         seed: prompt i draws from a generator made of (seed, i).
+        seeds: instead, one seed for each prompt: its reply is then the same at any place of any list.
         progress: show a bar.
         picture_size: bring pictures to a square of this side first, as training does; None takes the side that the
             model was trained with. Where its folder does not say, squares stay and others are squashed to their longer
@@ -94,7 +96,8 @@ def generate_replies(
             pictures = [picture for index in batch if (picture := prompts[index].picture) is not None]
             choose = _likeliest
             if temperature > 0:
-                chance = np.stack([np.random.default_rng([seed, index]).random(max_new_tokens) for index in batch])
+                own = [[seed, index] if seeds is None else seeds[index] for index in batch]
+                chance = np.stack([np.random.default_rng(one).random(max_new_tokens) for one in own])
                 choose = partial(_drawn, torch.from_numpy(chance), temperature, top_p)
             written = _write(
                 mllm,

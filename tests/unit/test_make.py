@@ -91,9 +91,21 @@ def test_toy_data_is_built_only_for_a_config_that_reads_it(tmp_path: Path) -> No
     assert DATA_STEP not in dry_make("stage1", f"CONFIG={other}").stdout
 
 
+def test_recording_starts_with_its_own_settings_and_the_toy_one_with_what_stage1_made() -> None:
+    toy = dry_make("record").stdout.strip().splitlines()[-1]
+    assert "scripts/record_prompts.py configs/record/toy.yaml" in toy
+    assert ("model=runs/stage1_toy/final" in toy) == (REPOSITORY / "runs/stage1_toy/final").is_dir()
+    other = dry_make("record", "CONFIG=configs/record/photos_7b.yaml", "NPROC=8").stdout
+    assert "--nproc=8" in other and "configs/record/photos_7b.yaml" in other
+    assert DATA_STEP not in other and "stage1_toy" not in other
+
+
 def test_make_alone_lists_the_commands() -> None:
     listed = subprocess.run(["make"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-    commands = "stage1 diffrir toy-restorer test unit check toy-base toy-tuned preview eval clean preflight launch-line"
+    commands = (
+        "stage1 record stage2 cache diffrir test unit check toy-base toy-tuned toy-sd toy-restorer preview eval clean "
+        "preflight launch-line"
+    )
     for command in commands.split():
         assert f"make {command} " in listed
 

@@ -1,0 +1,112 @@
+"""Make the toy Stable Diffusion `base`: autoencoder, text encoder, UNet and its inpainting twin. `make toy-sd` runs it.
+
+It stands where SD1.5 stands in the paper: trained on captions that fit CLIP's window, from brief to about 70 tokens, it
+knows every word and how words bind to places, and has never seen a second window.
+
+    python scripts/make_toy_sd.py                       # all steps, in runs/toy_sd, then shipped into the package
+    python scripts/make_toy_sd.py --stop-after unet     # autoencoder, text_encoder, unet, inpainting
+
+Each step is skipped when what it makes is there already; killed within one, the next call goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from llmga.checkpoint import write_folder_atomically
+
+MLLM = Path("llmga/toyworld/checkpoints/base/mllm")
+STEPS = ("autoencoder", "text_encoder", "unet", "inpainting")
+
+
+def main(arguments: list[str]) -> None:
+    """Run the steps in order."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/toy_sd"), help="folder of the steps")
+    parser.add_argument("--stop-after", choices=STEPS)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    makers = {
+        "autoencoder": make_autoencoder,
+        "text_encoder": make_text_encoder,
+        "unet": make_unet,
+        "inpainting": make_inpainting,
+    }
+    for name, make in makers.items():
+        make_step(options.work / name, make)
+        if name == options.stop_after:
+            break
+
+
+def make_step(folder: Path, make: Callable) -> None:
+    """Make what a step makes, unless it is there; `make` gets the work folder and the path of its training state."""
+    if folder.exists():
+        print(f"{folder} is there already", flush=True)
+        return
+    state = folder.with_name(f"{folder.name}.training.pt")
+    model = make(folder.parent, state)
+    with write_folder_atomically(folder) as aside:
+        model.save_pretrained(aside)
+    state.unlink(missing_ok=True)
+
+
+def make_autoencoder(work: Path, state: Path):
+    """The autoencoder, judged by what the parser reads of its reconstructions."""
+    from llmga.stage1.model import load_mllm
+    from llmga.toyworld.autoencoder import AutoencoderRecipe, train_autoencoder
+
+    tower = load_mllm(MLLM).model.model.vision_tower
+    return train_autoencoder(AutoencoderRecipe(), tower, state, log)
+
+
+def make_text_encoder(work: Path, state: Path):
+    """The text encoder, judged by what can be read from its states."""
+    from llmga.toyworld.text_encoder import TextRecipe, train_text_encoder
+
+    return train_text_encoder(TextRecipe(), state, log)
+
+
+def make_unet(work: Path, state: Path):
+    """Text to image, judged by what the parser reads of samples."""
+    from llmga.toyworld.unet import UnetRecipe, build_unet, prepare_latents, train_unet
+
+    recipe, (autoencoder, text_encoder) = UnetRecipe(), frozen_parts(work)
+    unet = build_unet(recipe, text_encoder.config.hidden_size)
+    latents = prepare_latents(recipe, autoencoder)
+    return train_unet(unet, latents, text_encoder, autoencoder, recipe, state, log)
+
+
+def make_inpainting(work: Path, state: Path):
+    """The inpainting twin, tuned from the UNet."""
+    from diffusers import UNet2DConditionModel
+
+    from llmga.toyworld.unet import UnetRecipe, prepare_latents, train_unet, widen_for_inpainting
+
+    recipe, (autoencoder, text_encoder) = UnetRecipe(), frozen_parts(work)
+    unet = widen_for_inpainting(UNet2DConditionModel.from_pretrained(work / "unet"))
+    latents = prepare_latents(recipe, autoencoder, inpainting=True)
+    return train_unet(unet, latents, text_encoder, autoencoder, recipe, state, log)
+
+
+def frozen_parts(work: Path):
+    """Autoencoder and text encoder, as the first two steps made them."""
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel
+
+    autoencoder = AutoencoderKL.from_pretrained(work / "autoencoder").eval()
+    return autoencoder, CLIPTextModel.from_pretrained(work / "text_encoder").eval()
+
+
+def log(line: str) -> None:
+    """Tell how it goes."""
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
