@@ -1,8 +1,8 @@
 # Everything starts here: `make` alone lists the commands. Nothing has to be installed first but Python 3.11+ and git.
 
 # Each stage has a config of its own unless CONFIG names one.
-TOY_OF := $(if $(filter stage2 cache,$(MAKECMDGOALS)),stage2,$(if $(filter diffrir,$(MAKECMDGOALS)),diffrir,stage1))
-CONFIG ?= configs/$(TOY_OF)/toy.yaml
+JOB := $(firstword $(filter record stage2 cache diffrir,$(MAKECMDGOALS)) stage1)
+CONFIG ?= configs/$(JOB:cache=stage2)/toy.yaml
 ARGS   ?=
 
 # Where a run's processes start; llmga/nodes/launch.py makes the line, prints it and becomes it (docs/cluster.md).
@@ -80,12 +80,11 @@ preview: install $(NEEDS_DATA)  ## write a page of the examples that CONFIG trai
 	$(PY) -m llmga preview $(CONFIG) $(ARGS)
 
 # One recording, from one process or many: they share no port and never wait for each other.
-RECORD_CONFIG := $(if $(filter configs/stage1/toy.yaml,$(CONFIG)),configs/record/toy.yaml,$(CONFIG))
 # The toy recording asks what `make stage1` made, where that is there, else the shipped tuned model.
-RECORD_MODEL := $(if $(filter configs/record/toy.yaml,$(RECORD_CONFIG)),$(addprefix model=,$(wildcard runs/stage1_toy/final)))
+RECORD_MODEL := $(if $(filter configs/record/toy.yaml,$(CONFIG)),$(addprefix model=,$(wildcard runs/stage1_toy/final)))
 .PHONY: record
-record: install $(if $(shell grep -sl data/toy $(RECORD_CONFIG)),$(TOY_DATA))  ## have the MLLM write the prompt of every row of a manifest, for stage 2
-	@$(PY) $(LAUNCH) scripts/record_prompts.py $(RECORD_CONFIG) $(RECORD_MODEL) $(ARGS)
+record: install $(NEEDS_DATA)  ## have the MLLM write the prompt of every row of a manifest, for stage 2
+	@$(PY) $(LAUNCH) scripts/record_prompts.py $(CONFIG) $(RECORD_MODEL) $(ARGS)
 
 .PHONY: eval
 eval: install $(TOY_DATA)  ## measure what stage 1 learned, the base model beside the tuned one
