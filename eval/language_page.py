@@ -1,4 +1,4 @@
-"""The page that eval/language.py writes: the table, then examples of every task with right and wrong facts marked."""
+"""The page that eval/language.py writes: the tables, then examples of every task with right and wrong facts marked."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ EXAMPLES_PER_TASK = 6
 
 def render_page(
     result: Mapping[str, Any],
-    table: Sequence[tuple[str, str, str, int]],
+    tables: Mapping[str, Sequence[tuple[str, str, str, int]]],
     rows: Sequence[Mapping[str, Any]],
     pictures: Mapping[str, Image.Image | None],
 ) -> str:
-    """Self-contained HTML: opens offline, holds its pictures."""
+    """Self-contained HTML: opens offline, holds its pictures.
+
+    Args:
+        tables: title -> rows of (words, tuned, base, n); a table without rows is left out.
+    """
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     return environment.get_template("language.html.j2").render(
-        result=result, table=table, tasks=examples_by_task(rows, pictures)
+        result=result, tables=tables, tasks=examples_by_task(rows, pictures)
     )
 
 
