@@ -102,6 +102,7 @@ class RunConfig:
     eval_every_steps: NotNegative = 0  # held-out loss; 0: at the end only
     sample_every_steps: NotNegative = 0  # sample replies; 0: never
     resume: bool = True  # go on from the newest whole checkpoint in output_dir
+    resume_anyway: bool = False  # also where data, mixture, seed or model are not those it was trained with
     trackers: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)
     record_sample_ids: bool = False  # write the sample ids of every step, to compare two runs
     compile: bool = False  # torch.compile
@@ -185,6 +186,28 @@ def load_config_or_exit(schema: type[Schema], path: Path | None, overrides: Sequ
 def dump_config(config: Any) -> dict[str, Any]:
     """All settings, defaults included, as plain values that `load_config` reads back."""
     return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def dotted(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Dumped settings one by one, as (dotted key, value); items of lists by their number."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if pairs is None:
+        yield key, value
+        return
+    for name, inner in pairs:
+        yield from dotted(inner, f"{key}.{name}" if key else str(name))
+
+
+def paths_in(value: Any, key: str = "") -> Iterator[tuple[str, Path]]:
+    """Every path in a configuration, with its dotted key."""
+    if isinstance(value, Path):
+        yield key, value
+    elif is_dataclass(value):
+        for item in fields(value):
+            yield from paths_in(getattr(value, item.name), f"{key}.{item.name}" if key else item.name)
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            yield from paths_in(inner, f"{key}.{number}")
 
 
 def save_config(config: Any, path: Path) -> None:
