@@ -188,14 +188,14 @@ def dump_config(config: Any) -> dict[str, Any]:
     return TypeAdapter(type(config)).dump_python(config, mode="json")
 
 
-def dotted(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def each_setting(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Dumped settings one by one, as (dotted key, value); items of lists by their number."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if pairs is None:
         yield key, value
         return
     for name, inner in pairs:
-        yield from dotted(inner, f"{key}.{name}" if key else str(name))
+        yield from each_setting(inner, f"{key}.{name}" if key else str(name))
 
 
 def paths_in(value: Any, key: str = "") -> Iterator[tuple[str, Path]]:
@@ -260,7 +260,9 @@ class _Reader:
             return partial
         for name in data:
             if name not in hints:
-                self.report.add_unknown((*at, name), data[name])
+                meant = self.report.add_unknown((*at, name), data[name])
+                if meant is not None and meant[:-1] == at and meant[-1] not in data:
+                    self.report.bad_keys.append(meant)  # it is not missing, only misspelt
         values = partial.__dict__
         for item in fields(schema):
             given = data.get(item.name, MISSING)
@@ -282,7 +284,7 @@ class _Reader:
     def _default(self, item: Field[Any], key: Key) -> Any:
         if item.default_factory is not MISSING:
             return item.default_factory()
-        if item.default is MISSING:
+        if item.default is MISSING and self.report.sound(key):
             self.report.add(key, "missing, and it has no default")
         return item.default
 

@@ -6,7 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from llmga.config import dotted, paths_in
+from llmga.config import each_setting, paths_in
 
 _DECISIVE = ("run.seed", "data.*", "model.*")
 _MAY_CHANGE = (  # of those: other values compute the same, or something beside the training
@@ -43,7 +43,7 @@ def fingerprints(config: Any) -> dict[str, Fingerprint]:
 
 def other_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
     """Settings that differ between two dumped configurations: dotted key to (then, now)."""
-    then, present = dict(dotted(before)), dict(dotted(now))
+    then, present = dict(each_setting(before)), dict(each_setting(now))
     keys = dict.fromkeys((*then, *present))
     return {key: (then.get(key), present.get(key)) for key in keys if then.get(key) != present.get(key)}
 
@@ -63,7 +63,7 @@ def decisive_changes(
         before: the configuration that the folder holds.
         files_then, files_now: as `fingerprints` gives them.
     """
-    known = dict(dotted(before))
+    known = dict(each_setting(before))
     sections = {key.rpartition(".")[0] for key in known}
     said = []
     for key, (then, now) in settings.items():

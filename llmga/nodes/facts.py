@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from llmga.checkpoint import checkpoints, latest_checkpoint
-from llmga.config import dotted, dump_config, paths_in
+from llmga.config import dump_config, each_setting, paths_in
 from llmga.runtime import Ranks, device_index, environment
 
 _HEAD_BYTES = 1 << 16  # of a file, to tell it from another one of the same size
@@ -62,7 +62,7 @@ def versions() -> dict[str, str]:
 
 def flat_settings(cfg: Any) -> dict[str, Any]:
     """Every setting by its dotted key."""
-    return dict(dotted(dump_config(cfg)))
+    return dict(each_setting(dump_config(cfg)))
 
 
 def input_paths(cfg: Any) -> list[Path]:

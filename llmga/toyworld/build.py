@@ -157,6 +157,8 @@ def _settings(
         raise WorldError("all weights are 0; expected at least one above")
     default = {"train": rows, "validation": max(64, rows // 20), "test": max(64, rows // 5)}
     splits = dict(default if splits is None else splits)
+    if not splits:
+        raise WorldError(f"splits is empty; expected some of {', '.join(SPLITS)} with their number of records")
     for split, count in splits.items():
         if split not in SPLITS:
             raise WorldError(f"split {split!r} is unknown; expected some of {', '.join(SPLITS)}")
