@@ -25,12 +25,12 @@ from PIL import Image
 
 from llmga.cli import SHIPPED_MODELS, newest_model
 from llmga.config import EXIT_BAD_INPUT, EXIT_OK
+from llmga.environment import environment
 from llmga.files import atomic_write
 from llmga.images import open_picture, picture_path
 from llmga.machine import machine_in_words
 from llmga.metrics.intervals import Interval, bootstrap_difference, bootstrap_ratio
 from llmga.records import Record, open_manifest
-from llmga.runtime import environment
 from llmga.stage1.conversation import Turn
 from llmga.stage1.instructions import Phrasing
 from llmga.stage1.tasks import Example, TaskSettings, build_example

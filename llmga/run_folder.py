@@ -22,9 +22,10 @@ from llmga.checkpoint import (
     sha256,
 )
 from llmga.config import dump_config, save_config
+from llmga.environment import environment
 from llmga.files import atomic_write
 from llmga.run_inputs import Changes, Fingerprint, decisive_changes, fingerprints, in_one_clause, other_settings
-from llmga.runtime import MetricsLog, RunFailed, environment
+from llmga.runtime import MetricsLog, RunFailed
 
 _FULL_BYTES = 1 << 16  # free on a disk that is full; some errors do not say why nothing more could be written
 logger = logging.getLogger(__name__)

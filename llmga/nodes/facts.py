@@ -15,7 +15,8 @@ import torch
 
 from llmga.checkpoint import checkpoints, latest_checkpoint
 from llmga.config import dump_config, each_setting, paths_in
-from llmga.runtime import Ranks, device_index, environment
+from llmga.environment import environment
+from llmga.runtime import Ranks, device_index
 
 _HEAD_BYTES = 1 << 16  # of a file, to tell it from another one of the same size
 _MOST_ENTRIES = 1000  # a larger folder holds pictures, and is not listed

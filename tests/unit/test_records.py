@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmga import row_index
-from llmga.records import Manifest, Record, RecordError, check_record, open_manifest, write_manifest
+from llmga.record_check import check_record
+from llmga.records import Manifest, Record, RecordError, open_manifest, write_manifest
 
 TURNS = ({"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A kite."})
 

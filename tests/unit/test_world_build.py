@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llmga.records import Record, check_record, open_manifest
+from llmga.record_check import check_record
+from llmga.records import Record, open_manifest
 from llmga.tokens import TAG_LITERALS, clip_length, clip_positions
 from llmga.toyworld import build, describe, render, sample_scene
 from llmga.toyworld.build import Report, WorldError, _settings, build_world
