@@ -34,14 +34,14 @@ from llmga.records import Record, open_manifest
 from llmga.stage1.conversation import Turn
 from llmga.stage1.instructions import Phrasing
 from llmga.stage1.tasks import Example, TaskSettings, build_example
-from llmga.tokens import clip_length, parse_reply
+from llmga.tokens import CLIP_WINDOW, clip_length, parse_reply
 from llmga.toyworld.edits import KINDS as EDIT_KINDS
 from llmga.toyworld.edits import Edit
 from llmga.toyworld.questions import KINDS as QUESTION_KINDS
 from llmga.toyworld.scene import Scene
 from llmga.toyworld.scores import PromptScore, score_description, score_edit, score_refinement
+from llmga.toyworld.visibility import hidden_cells
 
-CLIP_WINDOW = 77
 DRAWN_PX = 64  # the side of the toy world's pictures
 TASKS = ("similar_image", "inpainting", "outpainting", "prompt_refinement", "editing", "vqa", "qa")
 
@@ -238,8 +238,18 @@ def score_item(system: str, item: Item, text: str) -> dict[str, Any]:
         "question": item.turns[-1].content,
         "reply": text,
         "expected": item.expected,
+        **_sight(item),
         "scores": score.pairs,
     }
+
+
+def _sight(item: Item) -> dict[str, Any]:
+    """The grid of the scene, and the cells that its mask hides: what marks facts on the page."""
+    scene = (item.record.meta or {}).get("scene")
+    if scene is None:
+        return {}
+    found, mask = Scene.from_dict(scene), item.example.mask
+    return {"grid": found.geometry.grid, "hidden": hidden_cells(found, None if mask is None else mask.hole)}
 
 
 def _score_prompt(task: str, item: Item, prompt: str) -> PromptScore:

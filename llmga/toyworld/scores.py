@@ -14,7 +14,7 @@ import numpy as np
 from llmga.toyworld.edits import NOTHING, Edit, all_facts
 from llmga.toyworld.grammar import ParsedCaption, parse_caption, says
 from llmga.toyworld.scene import Facts, Scene
-from llmga.toyworld.visibility import MIN_VISIBLE, visible_share
+from llmga.toyworld.visibility import is_visible
 
 
 @dataclass
@@ -42,7 +42,7 @@ def score_description(prompt: str, scene: Scene, hole: np.ndarray | None = None)
     parsed, score = parse_caption(prompt, grid), PromptScore()
     score.add("valid", _is_valid(parsed))
     _score_facts(score, parsed, _visible_facts(scene, hole))
-    empty = [cell for cell in scene.empty_cells() if _is_visible(scene, cell, hole)]
+    empty = [cell for cell in scene.empty_cells() if is_visible(scene, cell, hole)]
     said = _said(parsed, grid)
     score.add("no_extra", sum(said.get(("shape", cell)) == NOTHING for cell in empty), len(empty))
     if hole is None:
@@ -107,9 +107,5 @@ def _visible_facts(scene: Scene, hole: np.ndarray | None) -> Facts:
     return {
         (kind, cell): value
         for (kind, cell), value in scene.facts().items()
-        if cell is None or _is_visible(scene, cell, hole)
+        if cell is None or is_visible(scene, cell, hole)
     }
-
-
-def _is_visible(scene: Scene, cell: int, hole: np.ndarray | None) -> bool:
-    return hole is None or visible_share(scene, cell, hole) >= MIN_VISIBLE

@@ -149,3 +149,31 @@ def test_only_tags_are_marked_where_another_answer_is_as_right() -> None:
     assert mark_facts(reply, reply, judge=False).count('class="tag"') == 2
     assert 'class="right">red' in mark_facts(reply, reply)
     assert 'class="wrong">red' in mark_facts(reply, "Top left large plain blue circle.")
+
+
+def test_what_a_mask_hides_is_neither_right_nor_wrong() -> None:
+    truth = "Top left large plain blue circle. Top right large plain red square. On navy."
+    reply = "Top left small plain red circle. Top right large plain red square. Bottom left large plain red square."
+    shown = mark_facts(reply, truth, hidden=[0, 2])
+    assert 'class="wrong"' not in shown
+    assert shown.count('class="hidden"') == 8 and shown.count('class="right"') == 4
+    assert mark_facts(reply, truth).count('class="wrong"') == 2 + 4  # size and colour, and an object too many
+
+
+def test_facts_are_marked_on_any_grid() -> None:
+    truth = "Middle right large plain blue circle. On navy."
+    assert mark_facts(truth, truth, grid=3).count('class="right"') == 5
+    assert 'class="wrong">red' in mark_facts("Middle right large plain red circle", truth, grid=3)
+
+
+def test_rows_tell_what_their_mask_hides(world: Path) -> None:
+    records = choose_records(world / "test.jsonl", {"inpainting": 12, "similar_image": 2, "qa": 1})
+    items = list(build_items(records, world, TaskSettings(picture_size=64), seed=0))
+    rows = [score_item("tuned", item, item.expected) for item in items]
+    hidden = {row["task"]: [] for row in rows}
+    for row in rows:
+        assert row.get("grid") == (None if row["task"] == "qa" else 2)
+        hidden[row["task"]].append(row.get("hidden"))
+    assert hidden["similar_image"] == [[], []]
+    masked = [cells for task in ("inpainting", "outpainting") for cells in hidden.get(task, [])]
+    assert len(masked) == 12 and any(masked) and set().union(*masked) <= {0, 1, 2, 3}

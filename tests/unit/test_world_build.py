@@ -280,6 +280,13 @@ def test_the_sheet_marks_facts_and_chunks_where_they_are(style: str) -> None:
             start += len(part.text)
 
 
+def test_the_sheet_greys_what_a_mask_hides() -> None:
+    text = "On navy. Top left large plain blue circle. Bottom right large plain red square."
+    hidden = [part.text for part in segments(text, {"bottom right"}) if part.is_hidden]
+    assert hidden == ["Bottom right", "large", "plain", "red", "square"]
+    assert not any(part.is_hidden for part in segments(text))
+
+
 def test_the_sheet_is_one_file_that_shows_every_part(world: Report) -> None:
     page = (world.folder / "index.html").read_text(encoding="utf-8")
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
@@ -287,6 +294,7 @@ def test_the_sheet_is_one_file_that_shows_every_part(world: Report) -> None:
     test_parts = {record.meta["part"] for record in open_manifest(world.folder / "test.jsonl")}
     assert set(shown) == test_parts | {"themes"}
     assert page.count("data:image/png") > 20
+    assert ('late hidden"' in page or 'size hidden"' in page) == (world.folder.name == "stage1")
     assert ("after" in re.findall(r"<figcaption>(\w+)<", page)) == (world.folder.name == "stage1")
     assert "harbour" in page
 
