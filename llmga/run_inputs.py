@@ -1,6 +1,7 @@
 """What a run is made from, and whether it still is: settings that decide the result, and the content of its files."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path
@@ -37,8 +38,12 @@ def fingerprints(config: Any) -> dict[str, Fingerprint]:
         dotted setting -> `path`, `bytes`, `sha256`. Of a file above 1 GiB the hash covers its size and 64 samples of
         1 MiB; of a model folder, its files without provenance and README.
     """
-    named = {key: path for key, path in paths_in(config) if _decides(key)}
-    return {key: _fingerprint(path) for key, path in named.items() if path.is_file() or _is_model(path)}
+    found = {}
+    for key, path in paths_in(config):
+        if _decides(key) and (path.is_file() or _is_model(path)):
+            with suppress(OSError):  # whoever reads it for the run says why it cannot be read
+                found[key] = _fingerprint(path)
+    return found
 
 
 def other_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:

@@ -217,6 +217,10 @@ def test_settings_that_an_older_run_did_not_know_are_no_difference(inputs: Path)
     assert resume(inputs) == kept
 
 
+def test_a_file_that_cannot_be_read_is_left_to_its_reader(inputs: Path) -> None:
+    assert fingerprints(stage1(inputs, "data.sources.0.path=/proc/self/mem")).keys() == {"model.path"}
+
+
 def test_huge_files_are_sampled_from_end_to_end(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_inputs, "_WHOLE_BYTES", 1 << 20)
     monkeypatch.setattr(run_inputs, "_SAMPLE_BYTES", 1 << 10)
