@@ -1,6 +1,6 @@
 """What did the MLLM learn? Tags, prompts, kept facts and answers on held-out scenes, the base beside the tuned model.
 
-    make eval                                                        # the shipped toy models
+    make eval                                                        # what `make stage1` made, else the shipped model
     python eval/language.py --model runs/stage1_toy/final            # a model of yours
     python eval/language.py --phrasing held_out                      # instructions that training never saw
 
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,23 @@ from PIL import Image
 
 from llmga.cli import SHIPPED_MODELS, newest_model
 from llmga.config import EXIT_BAD_INPUT, EXIT_OK
+from llmga.environment import environment
 from llmga.files import atomic_write
 from llmga.images import open_picture, picture_path
 from llmga.machine import machine_in_words
 from llmga.metrics.intervals import Interval, bootstrap_difference, bootstrap_ratio
 from llmga.records import Record, open_manifest
-from llmga.runtime import environment
 from llmga.stage1.conversation import Turn
 from llmga.stage1.instructions import Phrasing
 from llmga.stage1.tasks import Example, TaskSettings, build_example
-from llmga.tokens import clip_length, parse_reply
+from llmga.tokens import CLIP_WINDOW, clip_length, parse_reply
+from llmga.toyworld.edits import KINDS as EDIT_KINDS
 from llmga.toyworld.edits import Edit
+from llmga.toyworld.questions import KINDS as QUESTION_KINDS
 from llmga.toyworld.scene import Scene
 from llmga.toyworld.scores import PromptScore, score_description, score_edit, score_refinement
+from llmga.toyworld.visibility import hidden_cells
 
-CLIP_WINDOW = 77
 DRAWN_PX = 64  # the side of the toy world's pictures
 TASKS = ("similar_image", "inpainting", "outpainting", "prompt_refinement", "editing", "vqa", "qa")
 
@@ -64,6 +67,16 @@ class Item:
     def asks_for_picture(self) -> bool:
         """True for generation requests: the reply must carry tags."""
         return self.example.kind == "generation"
+
+    @property
+    def detail(self) -> str | None:
+        """The kind of edit or of question, where the record tells."""
+        meta = self.record.meta or {}
+        if self.task == "editing":
+            return str(meta["edit"]["kind"])
+        kinds = meta.get("questions", [])
+        number = sum(turn.role == "assistant" for turn in self.turns)
+        return kinds[number] if self.task == "vqa" and number < len(kinds) else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -161,13 +174,17 @@ def choose_records(path: Path, rows: Mapping[str, int]) -> list[Record]:
 
 
 def build_items(records: Sequence[Record], image_root: Path, settings: TaskSettings, seed: int) -> Iterator[Item]:
-    """Every question of every record, with the true conversation before it."""
+    """Every question of every record, with the true conversation before it.
+
+    What is drawn for a record (wording, mask) depends on `seed` and its id alone, not on which others are asked.
+    """
 
     def load_picture(name: str) -> Image.Image:
         return open_picture(picture_path(image_root, name))
 
-    for index, record in enumerate(records):
-        example = build_example(record, np.random.default_rng([seed, index]), settings, load_picture)
+    for record in records:
+        own = int.from_bytes(sha256(record.id.encode()).digest()[:8])
+        example = build_example(record, np.random.default_rng([seed, own]), settings, load_picture)
         for position, turn in enumerate(example.messages):
             if turn.role == "assistant":
                 yield Item(f"{record.id}/{position}", record, example, example.messages[:position], turn.content)
@@ -209,6 +226,9 @@ def score_item(system: str, item: Item, text: str) -> dict[str, Any]:
         score.add("exact_match", normal(text) == normal(item.expected))
     else:
         score.pairs |= _score_prompt(task, item, prompt).pairs
+    if item.detail is not None:
+        whole = "joint" if task == "editing" else "exact_match"
+        score.pairs[f"{whole}:{item.detail}"] = score.pairs[whole]
     return {
         "system": system,
         "id": item.id,
@@ -218,8 +238,18 @@ def score_item(system: str, item: Item, text: str) -> dict[str, Any]:
         "question": item.turns[-1].content,
         "reply": text,
         "expected": item.expected,
+        **_sight(item),
         "scores": score.pairs,
     }
+
+
+def _sight(item: Item) -> dict[str, Any]:
+    """The grid of the scene, and the cells that its mask hides: what marks facts on the page."""
+    scene = (item.record.meta or {}).get("scene")
+    if scene is None:
+        return {}
+    found, mask = Scene.from_dict(scene), item.example.mask
+    return {"grid": found.geometry.grid, "hidden": hidden_cells(found, None if mask is None else mask.hole)}
 
 
 def _score_prompt(task: str, item: Item, prompt: str) -> PromptScore:
@@ -322,6 +352,12 @@ TABLE_ROWS = (
 )
 """What the table shows, in order: task, kind, score, words."""
 
+DETAIL_ROWS = (
+    *(("editing", "generation", f"joint:{kind}", f"editing, {kind}: joint success") for kind in EDIT_KINDS),
+    *(("vqa", "chat", f"exact_match:{kind}", f"VQA, {kind}: exact match") for kind in QUESTION_KINDS),
+)
+"""The same, by kind of edit and of question: shown on the page only."""
+
 
 def show(metric: dict[str, Any]) -> str:
     """A value with its interval, in per cent or in tokens."""
@@ -339,11 +375,13 @@ def show_comparison(comparison: dict[str, Any]) -> str:
     )
 
 
-def table_rows(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, int]]:
+def table_rows(
+    metrics: Sequence[dict[str, Any]], wanted: Sequence[tuple[str, str, str, str]] = TABLE_ROWS
+) -> list[tuple[str, str, str, int]]:
     """(words, tuned, base, n) for each row that was measured."""
     found = {(m["system"], m["task"], m["kind"], m["name"]): m for m in metrics}
     rows = []
-    for task, kind, name, words in TABLE_ROWS:
+    for task, kind, name, words in wanted:
         tuned, base = (found.get((system, task, kind, name)) for system in ("tuned", "base"))
         if tuned is not None:
             rows.append((words, show(tuned), show(base) if base else "-", tuned["n"]))
@@ -369,10 +407,12 @@ def write_result(out: Path, result: dict[str, Any], rows: Sequence[dict[str, Any
 
     out.mkdir(parents=True, exist_ok=True)
     pictures = {item.id: item.example.picture for item in items}
+    tables = (("All tasks", TABLE_ROWS), ("By kind of edit and of question", DETAIL_ROWS))
+    measured = {title: table_rows(result["metrics"], wanted) for title, wanted in tables}
     texts = {
         "result.json": json_text(result),
         "items.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
-        "index.html": render_page(result, table_rows(result["metrics"]), rows, pictures),
+        "index.html": render_page(result, measured, rows, pictures),
     }
     (out / "pictures").mkdir(exist_ok=True)
     for item in items:

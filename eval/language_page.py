@@ -1,9 +1,9 @@
-"""The page that eval/language.py writes: the table, then examples of every task with right and wrong facts marked."""
+"""The page that eval/language.py writes: the tables, then examples of every task with right and wrong facts marked."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from llmga.images import data_url
+from llmga.tokens import TAG_LITERALS
 from llmga.toyworld.grammar import parse_caption
 from llmga.toyworld.scene import ATTRIBUTES
 from llmga.toyworld.wording import WORDS
@@ -20,14 +21,18 @@ EXAMPLES_PER_TASK = 6
 
 def render_page(
     result: Mapping[str, Any],
-    table: Sequence[tuple[str, str, str, int]],
+    tables: Mapping[str, Sequence[tuple[str, str, str, int]]],
     rows: Sequence[Mapping[str, Any]],
     pictures: Mapping[str, Image.Image | None],
 ) -> str:
-    """Self-contained HTML: opens offline, holds its pictures."""
+    """Self-contained HTML: opens offline, holds its pictures.
+
+    Args:
+        tables: title -> rows of (words, tuned, base, n); a table without rows is left out.
+    """
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     return environment.get_template("language.html.j2").render(
-        result=result, table=table, tasks=examples_by_task(rows, pictures)
+        result=result, tables=tables, tasks=examples_by_task(rows, pictures)
     )
 
 
@@ -63,40 +68,54 @@ def _example(item: str, systems: Mapping[str, Mapping[str, Any]], picture: Image
         "expected": tuned["expected"],
         "wrong": _is_wrong(tuned),
         "replies": {
-            name: mark_facts(row["reply"], row["expected"], judge=tuned["task"] != "prompt_refinement")
+            name: mark_facts(
+                row["reply"],
+                row["expected"],
+                judge=tuned["task"] != "prompt_refinement",
+                grid=row.get("grid", 2),
+                hidden=row.get("hidden", ()),
+            )
             for name, row in systems.items()
         },
     }
 
 
-def mark_facts(reply: str, expected: str, judge: bool = True) -> str:
+def mark_facts(reply: str, expected: str, judge: bool = True, grid: int = 2, hidden: Collection[int] = ()) -> str:
     """The reply as HTML, tags and facts marked.
 
     Args:
         reply: what the model wrote.
         expected: the right answer, whose facts decide between right and wrong.
         judge: False where another answer may be as right: then only the tags are marked.
+        grid: grid width of the scene.
+        hidden: cells that a mask hides; what is said of them is neither right nor wrong.
     """
-    truth = parse_caption(expected.replace("<gen_img>", "").replace("</gen_img>", ""))
+    truth = parse_caption(_untagged(expected), grid)
     parts = []
     for sentence in reply.split(". "):
-        parsed = parse_caption(sentence.replace("<gen_img>", "").replace("</gen_img>", "").strip(" ."))
-        wrong = {
-            value
-            for (kind, cell), value in parsed.facts().items()
-            if truth.facts().get((kind, cell)) not in (None, value)
-        }
-        extra = any(cell not in truth.objects for cell in parsed.objects) and bool(truth.objects)
-        said = {value for value in parsed.facts().values()} if judge else set()
-        parts.append(" ".join(_mark(word, said, wrong, extra) for word in sentence.split(" ")))
+        parsed = parse_caption(_untagged(sentence).strip(" ."), grid)
+        said = {value: "right" for value in parsed.facts().values()} if judge else {}
+        for (kind, cell), value in parsed.facts().items() if judge else ():
+            if cell in hidden:
+                said[value] = "hidden"
+            elif truth.facts().get((kind, cell)) not in (None, value) or (
+                cell is not None and cell not in truth.objects and truth.objects
+            ):
+                said[value] = "wrong"
+        parts.append(" ".join(_mark(word, said) for word in sentence.split(" ")))
     return ". ".join(parts)
 
 
-def _mark(word: str, said: set[str], wrong: set[str], extra: bool) -> str:
+def _untagged(text: str) -> str:
+    for tag in TAG_LITERALS:
+        text = text.replace(tag, "")
+    return text.strip()
+
+
+def _mark(word: str, said: Mapping[str, str]) -> str:
     bare, text = word.strip(".,;:").lower(), html.escape(word)
-    if word in ("<gen_img>", "</gen_img>"):
+    if word in TAG_LITERALS:
         return f'<b class="tag">{text}</b>'
     values = {value for slot in (*ATTRIBUTES, "background") for value, words in WORDS[slot].items() if bare in words}
-    if not values & said:
-        return text
-    return f'<b class="{"wrong" if extra or values & wrong else "right"}">{text}</b>'
+    found = {said[value] for value in values & said.keys()}
+    return f'<b class="{found.pop()}">{text}</b>' if found else text

@@ -19,7 +19,14 @@ from llmga.files import written_aside
 SHOWN = ("similar_image", "outpainting", "editing", "prompt_refinement", "vqa")
 SCALE = 2
 WIDTH, PADDING, THUMBNAIL = 1180, 20, 168
-COLOURS = {"text": "#1f2328", "soft": "#656d76", "right": "#1a7f37", "wrong": "#cf222e", "tag": "#8250df"}
+COLOURS = {
+    "text": "#1f2328",
+    "soft": "#656d76",
+    "right": "#1a7f37",
+    "wrong": "#cf222e",
+    "tag": "#8250df",
+    "hidden": "#8c959f",
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -79,7 +86,8 @@ def coloured(row: dict[str, Any]) -> list[tuple[str, str, int]]:
     from language_page import mark_facts
 
     words = []
-    marked = mark_facts(row["reply"], row["expected"], judge=row["task"] not in ("prompt_refinement", "vqa"))
+    judge = row["task"] not in ("prompt_refinement", "vqa")
+    marked = mark_facts(row["reply"], row["expected"], judge, row.get("grid", 2), row.get("hidden", ()))
     for match in re.finditer(r'<b class="(\w+)">(.*?)</b>|([^<\s]+)', marked):
         colour = match[1] or "text"
         words.append((html.unescape(match[2] or match[3]), colour, 14))

@@ -167,17 +167,26 @@ def show_config(config: ConfigFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def world(
-    out: Annotated[Path, typer.Argument(help="Folder to make.")] = Path("data/toy"),
-    rows: Annotated[int, typer.Option(min=1, help="Training rows; validation and test come on top.")] = 20_000,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: Annotated[Path, typer.Option(help="Folder to make.")] = Path("data/toy"),
+    rows: Annotated[int, typer.Option(help="Training records; validation and test come on top.")] = 20_000,
+    seed: Annotated[int, typer.Option(help="Another seed, other scenes and words.")] = 0,
     preset: Annotated[str, typer.Option(help="learnable (2x2 grid) or dense (3x3).")] = "learnable",
+    kind: Annotated[
+        str, typer.Option(help="base: what a base model has seen; stage1: what stage 1 trains.")
+    ] = "stage1",
+    split: Annotated[list[str] | None, typer.Option(metavar="NAME=RECORDS", help="Instead of --rows.")] = None,
+    sheet: Annotated[bool, typer.Option(help="Write index.html, a page to look at.")] = True,
 ) -> None:
-    """Build the toy data: pictures, and a manifest with rows for every task."""
+    """Build the toy data: pictures, and manifests with rows for every task."""
     with _one_clear_message():
-        from llmga.toyworld.build import build_world
+        import time
 
-        build_world(out, rows=rows, seed=seed, preset=preset)
-        typer.echo(f"open {out / 'index.html'}")
+        from llmga.toyworld.build import build_world, splits_from
+
+        started = time.perf_counter()
+        splits = splits_from(split) if split else None
+        report = build_world(out, rows, seed, preset, kind, splits=splits, sheet=sheet)
+        typer.echo(report.in_words(time.perf_counter() - started))
 
 
 @app.command()

@@ -102,6 +102,7 @@ class RunConfig:
     eval_every_steps: NotNegative = 0  # held-out loss; 0: at the end only
     sample_every_steps: NotNegative = 0  # sample replies; 0: never
     resume: bool = True  # go on from the newest whole checkpoint in output_dir
+    resume_anyway: bool = False  # also where data, mixture, seed or model are not those it was trained with
     trackers: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)
     record_sample_ids: bool = False  # write the sample ids of every step, to compare two runs
     compile: bool = False  # torch.compile
@@ -187,6 +188,28 @@ def dump_config(config: Any) -> dict[str, Any]:
     return TypeAdapter(type(config)).dump_python(config, mode="json")
 
 
+def each_setting(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Dumped settings one by one, as (dotted key, value); items of lists by their number."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if pairs is None:
+        yield key, value
+        return
+    for name, inner in pairs:
+        yield from each_setting(inner, f"{key}.{name}" if key else str(name))
+
+
+def paths_in(value: Any, key: str = "") -> Iterator[tuple[str, Path]]:
+    """Every path in a configuration, with its dotted key."""
+    if isinstance(value, Path):
+        yield key, value
+    elif is_dataclass(value):
+        for item in fields(value):
+            yield from paths_in(getattr(value, item.name), f"{key}.{item.name}" if key else item.name)
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            yield from paths_in(inner, f"{key}.{number}")
+
+
 def save_config(config: Any, path: Path) -> None:
     """Write all settings as YAML, aside and then renamed."""
     atomic_write(path, yaml.safe_dump(dump_config(config), sort_keys=False, allow_unicode=True))
@@ -237,7 +260,9 @@ class _Reader:
             return partial
         for name in data:
             if name not in hints:
-                self.report.add_unknown((*at, name), data[name])
+                meant = self.report.add_unknown((*at, name), data[name])
+                if meant is not None and meant[:-1] == at and meant[-1] not in data:
+                    self.report.bad_keys.append(meant)  # it is not missing, only misspelt
         values = partial.__dict__
         for item in fields(schema):
             given = data.get(item.name, MISSING)
@@ -259,7 +284,7 @@ class _Reader:
     def _default(self, item: Field[Any], key: Key) -> Any:
         if item.default_factory is not MISSING:
             return item.default_factory()
-        if item.default is MISSING:
+        if item.default is MISSING and self.report.sound(key):
             self.report.add(key, "missing, and it has no default")
         return item.default
 

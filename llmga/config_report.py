@@ -85,11 +85,12 @@ class Report:
         self.bad_keys.append(key)
         self.lines.append(f"{self._described(key)}: {text}")
 
-    def add_unknown(self, key: Key, value: Any) -> None:
-        """Add a key that the schema does not have, with the one that was probably meant."""
+    def add_unknown(self, key: Key, value: Any) -> Key | None:
+        """Add a key that the schema does not have, with the one that was probably meant, which is returned."""
         nearest = self._nearest(key)
         guess = f"; did you mean {dotted(nearest)}?" if nearest else ""
         self.add(key, f"unknown key, found {shown(value)}{guess}")
+        return nearest
 
     def add_combination(self, keys: Sequence[Key], text: str) -> None:
         """Add a mistake that lies between keys, each of them sound alone."""

@@ -126,7 +126,8 @@ def what_it_is(head: bytes) -> str | None:
 def no_such_file(path: Path) -> str:
     """One sentence for a file that cannot be opened: whether it is missing or a folder, and what is there instead."""
     if path.is_dir():
-        inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in (".jsonl", ".json", ".parquet"))
+        shown = (entry.name for entry in path.iterdir() if entry.suffix in (".jsonl", ".json", ".parquet"))
+        inside = sorted(name for name in shown if not name.startswith("."))  # ours are caches
         return f"{path} is a folder, expected a file" + (f"; it holds {', '.join(inside[:5])}" if inside else "")
     if not path.parent.is_dir():
         return f"{path} does not exist, and neither does its folder; relative paths count from {Path.cwd()}"

@@ -28,6 +28,7 @@ from llmga.checkpoint import checkpoint_path, checkpoint_step, keep_last, mark_c
 from llmga.checkpoint import write_folder_atomically as written_whole
 from llmga.config import dump_config
 from llmga.engine import build_accelerator, engine_name
+from llmga.environment import environment
 from llmga.learner import Learner
 from llmga.loop_figures import LoopFigures
 from llmga.memory import explaining_memory
@@ -41,7 +42,6 @@ from llmga.runtime import (
     StopSignal,
     any_rank,
     barrier,
-    environment,
     from_main,
     on_main,
     outlive_terminate,

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from llmga.records import Message, find_control, path_problem
+from llmga.record_check import find_control, path_problem
+from llmga.records import Message
 from llmga.tokens import IMAGE_TOKEN
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}

@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,17 @@ from llmga.checkpoint import (
     sha256,
 )
 from llmga.config import dump_config, save_config
+from llmga.environment import environment
 from llmga.files import atomic_write
-from llmga.runtime import MetricsLog, RunFailed, environment
+from llmga.run_inputs import Changes, Fingerprint, decisive_changes, fingerprints, in_one_clause, other_settings
+from llmga.runtime import MetricsLog, RunFailed
 
 _FULL_BYTES = 1 << 16  # free on a disk that is full; some errors do not say why nothing more could be written
 logger = logging.getLogger(__name__)
 
 # Settings that may change from one start to the next without the result changing.
 _HARMLESS = (
-    "run.resume",
+    "run.resume",  # and run.resume_anyway
     "run.threads",
     "run.num_workers",
     "run.keep_last",
@@ -68,6 +70,13 @@ class RunFolder:
 
         What an interrupted save left is removed, and logs are cut back to the checkpoint. Without `resume`, what the
         folder holds is moved to `previous-<n>` inside it, so that no flag ever deletes a result.
+
+        Args:
+            config: the run's settings.
+            resume: go on from the newest checkpoint, if there is one.
+        Raises:
+            ResumeError: the checkpoint was trained on other data, by another mixture or seed, or from another model,
+                and `run.resume_anyway` is not set.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if not resume:
@@ -75,11 +84,14 @@ class RunFolder:
         for broken in remove_incomplete(self.path):
             logger.warning("removed %s: it was not written to its end", broken)
         checkpoint = latest_checkpoint(self.path)
+        files = fingerprints(config)
+        if checkpoint is not None:
+            self._refuse_another_run(checkpoint, config, files)
         for key, (before, now) in self.changed_settings(config).items():
             logger.warning("%s was %s when this run began and is %s now", key, before, now)
         self._cut_logs(checkpoint_step(checkpoint) if checkpoint else 0)
         save_config(config, self.path / "config.yaml")
-        starts = [*self._starts(), environment()]
+        starts = [*self._starts(), {**environment(), "inputs": files}]
         atomic_write(self.path / "environment.json", json.dumps({"starts": starts}, indent=1))
         return checkpoint
 
@@ -93,15 +105,29 @@ class RunFolder:
             f" (with other settings than now: {', '.join(changed)})" if changed else "",
         )
 
-    def changed_settings(self, config: Any) -> dict[str, tuple[Any, Any]]:
+    def changed_settings(self, config: Any) -> Changes:
         """Settings that differ from those the folder was last used with: key to (then, now); harmless ones left out."""
-        path = self.path / "config.yaml"
-        before = dict(_flat(yaml.safe_load(path.read_text(encoding="utf-8")))) if path.is_file() else None
-        if before is None:
+        if (before := self._settings_before()) is None:
             return {}
-        now = dict(_flat(dump_config(config)))
-        keys = [key for key in {**before, **now} if not key.startswith(_HARMLESS)]
-        return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
+        changed = other_settings(before, dump_config(config))
+        return {key: values for key, values in changed.items() if not key.startswith(_HARMLESS)}
+
+    def _refuse_another_run(self, checkpoint: Path, config: Any, files: Mapping[str, Fingerprint]) -> None:
+        before = self._settings_before()
+        files_then = next((start["inputs"] for start in reversed(self._starts()) if "inputs" in start), {})
+        changes = decisive_changes(self.changed_settings(config), before or {}, files_then, files)
+        if not changes:
+            return
+        if not config.run.resume_anyway:
+            raise ResumeError(
+                f"{checkpoint} was trained otherwise: {in_one_clause(changes)}; undo that, give another "
+                "run.output_dir, or go on all the same with run.resume_anyway=true"
+            )
+        logger.warning("run.resume_anyway: going on from %s although %s", checkpoint, in_one_clause(changes))
+
+    def _settings_before(self) -> dict[str, Any] | None:
+        path = self.path / "config.yaml"
+        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def _move_aside(self) -> None:
         held = [path for path in self.path.iterdir() if not path.name.startswith("previous-")]
@@ -186,12 +212,3 @@ def hashes(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """Path, size and SHA-256 of every file, and of every file directly in a folder: what a result was made from."""
     files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
     return [{"path": str(file), "bytes": file.stat().st_size, "sha256": sha256(file)} for file in files]
-
-
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings as dotted keys."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _flat(inner, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, value

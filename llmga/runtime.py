@@ -1,10 +1,9 @@
-"""What every training run needs around its loop: ranks, seeds, signals, logs, figures, and where it ran.
+"""What every training run needs around its loop: ranks, seeds, signals, logs and figures.
 
 DeepSpeed enters the house here. Nothing in this file knows what is being trained.
 """
 
 import datetime
-import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -15,7 +14,6 @@ import resource
 import secrets
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -37,7 +35,6 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 _REPEAT_SECONDS = 3.0  # a launcher passes on the Ctrl-C that the terminal has already sent to its children
 _COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
-_LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "deepspeed", "safetensors", "numpy", "Pillow")
 
 
 if not torch.cuda.is_available():  # read when deepspeed is imported, which accelerate does unasked
@@ -390,41 +387,3 @@ def memory_gb() -> dict[str, float]:
 
 
 _MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
-
-
-def environment() -> dict[str, Any]:
-    """Versions, machine, command and commit of this process, as plain values for a JSON file."""
-    versions = {}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return {
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
-        "commit": commit(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "machine": platform.platform(),
-        "host": platform.node(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "world_size": ranks_from_environment().world_size,
-    }
-
-
-def commit() -> str | None:
-    """The commit that this package runs from, with `+changes` when files differ from it; None outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-
-    try:
-        if not (Path(git("rev-parse", "--show-toplevel")) / "llmga" / "runtime.py").is_file():
-            return None  # a checkout of something else that happens to hold our environment
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

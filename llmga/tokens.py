@@ -144,7 +144,7 @@ def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
 
     Its ids are CLIP's: 49,408 entries, BOS 49406, EOS and padding 49407. The original also repairs broken encodings,
     straightens curly quotes and resolves HTML entities before it tokenizes; the transformers class does not (and
-    forgets an added normaliser when it is reloaded): pass text from the web through `clean_clip_text` first.
+    forgets an added normaliser when it is reloaded), so ids differ where a text needs that.
     `save_pretrained` writes the tokenizer folder of a diffusers pipeline.
 
     Args:
@@ -154,15 +154,6 @@ def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
 
     vocab, merges = _clip_vocabulary()
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CLIP_WINDOW, pad_token=pad_token)
-
-
-def clean_clip_text(text: str) -> str:
-    """The text as OpenAI's CLIP cleans it: encoding repaired, entities resolved, single spaces, lower case."""
-    import html
-
-    import ftfy
-
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
 
 
 def clip_words(text: str) -> list[ClipWord]:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from llmga.check.lengths import LengthCounter
 from llmga.check.row_file import RowFile
 from llmga.problem import Problem
-from llmga.records import Record, check_record
+from llmga.record_check import check_record
+from llmga.records import Record
 from llmga.tokens import IMAGE_TOKEN, TAG_LITERALS
 
 _NOTE_CODES = {

@@ -15,9 +15,9 @@ from llmga.diffrir.discriminator import Discriminator
 from llmga.diffrir.network import DiffRIR, Phase, check_kind
 from llmga.diffrir.released_names import ALIASES, is_pointwise, released_names
 from llmga.diffrir.released_settings import CheckpointError, released_settings
+from llmga.environment import environment
 from llmga.files import no_such_file, written_aside
 from llmga.run_folder import hashes
-from llmga.runtime import environment
 
 EMA_KEY, LAST_KEY = "params_ema", "params"
 _BUFFER = re.compile(r"diffusion\.[a-z0-9_]+")

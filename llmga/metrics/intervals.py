@@ -1,4 +1,4 @@
-"""How sure a measured number is: percentile bootstrap for means, ratios and paired differences, Wilson for rates.
+"""How sure a measured number is: percentile bootstrap for ratios and paired differences, Wilson for rates.
 
 What is drawn again is the unit that was sampled: the prompt, the scene, the session. Where several numbers come from
 one unit (six questions about one scene), pass `clusters`, and whole units are drawn.
@@ -33,29 +33,6 @@ class Interval:
     method: str
 
 
-def bootstrap_mean(
-    values: ArrayLike,
-    draws: int = 10_000,
-    seed: int = 0,
-    level: float = 0.95,
-    clusters: Sequence[Hashable] | None = None,
-) -> Interval:
-    """Mean of `values` with its percentile bootstrap interval.
-
-    Coverage of the 95 % interval, measured: 94 to 95 % at n = 50, 91 to 94 % at n = 20.
-
-    Args:
-        values: one number per measurement.
-        draws: bootstrap samples.
-        level: confidence, in (0, 1).
-        clusters: the unit each value belongs to; None takes every value as a unit of its own.
-    Raises:
-        ValueError: nothing to average, values that are not finite, or lengths that differ.
-    """
-    numbers = _finite(values, "values")
-    return _bootstrap(numbers, np.ones_like(numbers), draws, seed, level, clusters, "percentile bootstrap")
-
-
 def bootstrap_difference(
     a: ArrayLike,
     b: ArrayLike,
@@ -66,8 +43,13 @@ def bootstrap_difference(
 ) -> Interval:
     """Mean of `a - b`, measured on the same units in the same order, with its paired percentile bootstrap interval.
 
+    Args:
+        a, b: one number each per measurement.
+        draws: bootstrap samples.
+        level: confidence, in (0, 1).
+        clusters: the unit each value belongs to; None takes every value as a unit of its own.
     Raises:
-        ValueError: as for `bootstrap_mean`, or `a` and `b` differ in length.
+        ValueError: nothing to average, values that are not finite, or lengths that differ.
     """
     first, second = _finite(a, "a"), _finite(b, "b")
     if len(first) != len(second):
@@ -89,10 +71,12 @@ def bootstrap_ratio(
     Where all succeed or all fail, every draw is the same and a bootstrap interval has no width. Then the interval is
     Wilson's with the number of units for n, which is conservative when a unit holds several facts.
 
+    Coverage of the 95 % interval of a plain mean (totals of 1), measured: 94 to 95 % at n = 50, 91 to 94 % at n = 20.
+
     Args:
         successes, totals: per measurement, as counts (right attributes, attributes).
     Raises:
-        ValueError: as for `bootstrap_mean`, a total is negative, or all are 0.
+        ValueError: as for `bootstrap_difference`, a total is negative, or all are 0.
     """
     right, total = _finite(successes, "successes"), _finite(totals, "totals")
     if len(right) != len(total):

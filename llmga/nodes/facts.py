@@ -1,6 +1,5 @@
 """What one process knows about its machine, its packages and the files of its run: plain values, to be compared."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -9,15 +8,15 @@ import re
 import resource
 import struct
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmga.checkpoint import checkpoints, latest_checkpoint
-from llmga.config import dump_config
-from llmga.runtime import Ranks, device_index, environment
+from llmga.config import dump_config, each_setting, paths_in
+from llmga.environment import environment
+from llmga.runtime import Ranks, device_index
 
 _HEAD_BYTES = 1 << 16  # of a file, to tell it from another one of the same size
 _MOST_ENTRIES = 1000  # a larger folder holds pictures, and is not listed
@@ -64,32 +63,12 @@ def versions() -> dict[str, str]:
 
 def flat_settings(cfg: Any) -> dict[str, Any]:
     """Every setting by its dotted key."""
-    return dict(_flat(dump_config(cfg), ""))
-
-
-def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if pairs is None:
-        yield key, value
-        return
-    for name, inner in pairs:
-        yield from _flat(inner, f"{key}.{name}" if key else str(name))
+    return dict(each_setting(dump_config(cfg)))
 
 
 def input_paths(cfg: Any) -> list[Path]:
     """Every path in the settings that the run reads: all but its own folder."""
-    return sorted({path for path in _paths(cfg)} - {cfg.run.output_dir})
-
-
-def _paths(value: Any) -> Iterator[Path]:
-    if isinstance(value, Path):
-        yield value
-    elif dataclasses.is_dataclass(value):
-        for item in dataclasses.fields(value):
-            yield from _paths(getattr(value, item.name))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _paths(item)
+    return sorted({path for _, path in paths_in(cfg)} - {cfg.run.output_dir})
 
 
 def describe(path: Path) -> str:

@@ -27,7 +27,7 @@ from llmga.stage1.added_tokens import give_rows, num_token_ids
 from llmga.stage1.chat_template import set_chat_template
 from llmga.stage1.families import FAMILIES
 from llmga.stage1.model import Mllm
-from llmga.stage1.model_checks import ModelError, has_class_token, quiet_loading, refuse_misfit
+from llmga.stage1.model_checks import ModelError, has_class_token, quiet_loading, read_settings, refuse_misfit
 from llmga.stage1.pixels import PixelEncoder
 from llmga.stage1.projector import PROJECTOR_FILE
 from llmga.stage1.released_projector import find_projector, read_projector
@@ -179,6 +179,7 @@ def _projector(config: LlavaConfig, path: Path | None) -> nn.Module:
 
 
 def _read_part_config(folder: Path) -> Any:
+    read_settings(folder)  # transformers would blame the network for what is no JSON
     try:
         return AutoConfig.from_pretrained(folder)
     except (ValueError, KeyError) as error:  # a model_type that transformers does not know, or code of the folder's own

@@ -13,6 +13,7 @@ from llmga.config import STRICT, AtLeastOne, NotNegative, OptimConfig, RunConfig
 from llmga.config_report import nearest_word
 from llmga.files import no_such_file
 from llmga.stage1.chat_rows import template_names
+from llmga.stage1.instructions import languages
 
 Task = Literal["prompt_refinement", "similar_image", "inpainting", "outpainting", "editing", "vqa", "qa"]
 
@@ -174,6 +175,16 @@ class DataConfig:
     refine_generate_share: Share = 0.5  # prompt refinement: asked to generate (tagged), else to expand the text
     instruction_behind_share: Share = 0.5  # prompt refinement: instruction behind the caption, else before
     language: str = "en"  # of the instruction templates
+
+    @combination("language")
+    def _language_known(self) -> str | None:
+        known = languages()
+        if self.language in known:
+            return None
+        return (
+            f"found {self.language}, expected a language of llmga/stage1/instructions.yaml: {', '.join(known)}"
+            f"{nearest_word(self.language, known)}"
+        )
 
     @combination("sources")
     def _at_least_one_source(self) -> str | None:

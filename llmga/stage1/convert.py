@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmga.checkpoint import is_disk_full, write_folder_atomically
+from llmga.environment import environment
 from llmga.run_folder import hashes
-from llmga.runtime import RunFailed, environment
+from llmga.runtime import RunFailed
 from llmga.stage1.families import FAMILIES, Family
 from llmga.stage1.released_config import candidate_families, read_json
 from llmga.stage1.released_export import TransformersCheckpoint, write_released

@@ -30,6 +30,11 @@ def instruction_list(name: str, language: str = "en", phrasing: Phrasing = "trai
     return lists[language][name][phrasing]
 
 
+def languages() -> list[str]:
+    """What `data.language` can name."""
+    return sorted(_read_instructions())
+
+
 @cache
 def _read_instructions() -> dict[str, dict[str, dict[str, tuple[str, ...]]]]:
     """Language -> list -> phrasing -> instructions."""

@@ -35,6 +35,7 @@ from llmga.stage1.model_checks import (
     check_placeholder,
     explaining_attention,
     quiet_loading,
+    read_settings,
     refuse_misfit,
 )
 from llmga.stage1.pixels import num_image_tokens
@@ -284,7 +285,7 @@ def read_config(path: Path) -> LlavaConfig:
     """
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json there; model.path must be a LLaVA folder in transformers' format")
-    model_type = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    model_type = read_settings(path).get("model_type")
     if model_type != "llava":
         raise ModelError(
             f"{path}/config.json: model_type is {model_type!r}, expected 'llava'; "

@@ -17,6 +17,22 @@ class ModelError(ValueError):
     """A model folder that cannot be used; the sentence says what was found and what to do."""
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What the config.json of a model folder says.
+
+    Raises:
+        ModelError: it is no JSON, or no JSON object.
+    """
+    file = folder / "config.json"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{file} cannot be read as JSON ({error}); save or download the model again") from None
+    if not isinstance(settings, dict):
+        raise ModelError(f"{file} holds a {type(settings).__name__}, expected an object with a model's settings")
+    return settings
+
+
 def refuse_misfit(path: Path, config: Any, info: Mapping[str, Any], may_be_left_over: bool = False) -> None:
     """Raise unless every weight of a model came from its folder.
 

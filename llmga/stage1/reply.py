@@ -94,11 +94,8 @@ def generate_replies(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             pictures = [picture for index in batch if (picture := prompts[index].picture) is not None]
-            choose = _likeliest
-            if temperature > 0:
-                own = [[seed, index] if seeds is None else seeds[index] for index in batch]
-                chance = np.stack([np.random.default_rng(one).random(max_new_tokens) for one in own])
-                choose = partial(_drawn, torch.from_numpy(chance), temperature, top_p)
+            own = [[seed, index] if seeds is None else seeds[index] for index in batch]
+            choose = _choice(own, max_new_tokens, temperature, top_p)
             written = _write(
                 mllm,
                 [encoded[index] for index in batch],
@@ -146,6 +143,14 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 Choose = Callable[[Tensor, Tensor, int], Tensor]
 """(logits (B, V), rows of the batch they belong to (B,), step) -> ids (B,)"""
+
+
+def _choice(seeds: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float) -> Choose:
+    """How the tokens of a batch are chosen: the likeliest ones, or drawn by a generator of each prompt's own."""
+    if temperature == 0:
+        return _likeliest
+    chance = np.stack([np.random.default_rng(own).random(max_new_tokens) for own in seeds])
+    return partial(_drawn, torch.from_numpy(chance), temperature, top_p)
 
 
 def _write(

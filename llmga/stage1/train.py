@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.utils.logging import disable_progress_bar
 
@@ -20,6 +21,7 @@ from llmga.bad_samples import BAD_SAMPLES_FILE, BadSampleBudget
 from llmga.checkpoint import checkpoint_step, read_marker
 from llmga.config import dump_config
 from llmga.engine import engine_name
+from llmga.environment import environment
 from llmga.mixture import rows_per_epoch
 from llmga.nodes.preflight import start_together
 from llmga.progress import RunProgress
@@ -28,7 +30,6 @@ from llmga.runtime import (
     Interrupted,
     Ranks,
     StopSignal,
-    environment,
     from_main,
     on_main,
     seed_everything,
@@ -101,20 +102,11 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
     epochs = len(data) / samples_per_epoch
     logger.info("%d steps of %d examples, %.3g epochs of %d", total_steps, examples_per_step, epochs, samples_per_epoch)
 
-    padding = Collator.of(data)
-    fed, collator = (
-        (BalancedDataset(data, cfg.run.batch_size, examples_per_step), PackingCollator(padding))
-        if cfg.data.packing
-        else (data, padding)
-    )
-
     # Trainer
     watch = BatchWatch(run.path, ranks, mllm.tokenizer.decode, cfg.run.record_sample_ids)
     watch.attach(mllm.model)
     progress = RunProgress(total_steps, shown=ranks.is_main)
-    budget = BadSampleBudget(run.path / BAD_SAMPLES_FILE, cfg.data.max_bad_share, len(data))
-    on_main(lambda: budget.forget_after(checkpoint_step(checkpoint) * examples_per_step if checkpoint else 0))
-    bad_samples = BadSamples(budget, examples_per_step)
+    bad_samples = _bad_samples(cfg, run, len(data), examples_per_step, checkpoint)
     figures = Figures(run.metrics, watch, progress, ranks, samples_per_epoch, bad_samples.counts)
     if checkpoint:
         figures.totals = read_marker(checkpoint)["totals"]
@@ -130,17 +122,8 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
     if cfg.run.sample_every_steps and cfg.samples.rows:
         answer = _answerer(cfg, run, ranks, engine, mllm, held_out, checkpoint)
         callbacks.append(SampleReplies(cfg.run.sample_every_steps, answer, figures))
-    trainer = Trainer(
-        model=start.trained,
-        args=arguments,
-        data_collator=NamedBatches(collator),
-        train_dataset=fed,
-        eval_dataset=held_out or None,
-        compute_metrics=mean_token_loss,
-        preprocess_logits_for_metrics=token_losses,
-        callbacks=callbacks,
-    )
-    _order_callbacks(trainer)
+    fed, collator = _feed(cfg, data, examples_per_step)
+    trainer = _trainer(start, arguments, fed, collator, held_out, callbacks)
 
     # Run
     if signals.agreed():
@@ -180,6 +163,46 @@ def _build_data(
         data, _ = build_datasets(cfg, mllm.processor, None, bad_samples_path)
         steps = math.ceil(len(data) / examples_per_step)
     return build_datasets(cfg, mllm.processor, steps * examples_per_step, bad_samples_path)
+
+
+def _feed(cfg: Stage1Config, data: Stage1Dataset, examples_per_step: int) -> tuple[Dataset, Any]:
+    """What the Trainer draws batches from, and what makes them: rows padded, or packed end to end."""
+    padding = Collator.of(data)
+    if not cfg.data.packing:
+        return data, padding
+    return BalancedDataset(data, cfg.run.batch_size, examples_per_step), PackingCollator(padding)
+
+
+def _bad_samples(
+    cfg: Stage1Config, run: RunFolder, num_examples: int, examples_per_step: int, checkpoint: Path | None
+) -> BadSamples:
+    """What counts the samples that could not be read, without those behind the checkpoint."""
+    budget = BadSampleBudget(run.path / BAD_SAMPLES_FILE, cfg.data.max_bad_share, num_examples)
+    on_main(lambda: budget.forget_after(checkpoint_step(checkpoint) * examples_per_step if checkpoint else 0))
+    return BadSamples(budget, examples_per_step)
+
+
+def _trainer(
+    start: Start,
+    arguments: TrainingArguments,
+    fed: Dataset,
+    collator: Any,
+    held_out: dict[str, Stage1Dataset],
+    callbacks: list[TrainerCallback],
+) -> Trainer:
+    """The Trainer, with its callbacks in order."""
+    trainer = Trainer(
+        model=start.trained,
+        args=arguments,
+        data_collator=NamedBatches(collator),
+        train_dataset=fed,
+        eval_dataset=held_out or None,
+        compute_metrics=mean_token_loss,
+        preprocess_logits_for_metrics=token_losses,
+        callbacks=callbacks,
+    )
+    _order_callbacks(trainer)
+    return trainer
 
 
 def _answerer(

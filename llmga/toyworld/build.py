@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from llmga.checkpoint import write_folder_atomically
+from llmga.files import one_builder
 from llmga.records import Record, open_manifest, write_manifest
 from llmga.toyworld.corpus import CORPORA, PARTS, draw_record
 from llmga.toyworld.png import encode_png
@@ -42,6 +43,16 @@ class Report:
     pictures: dict[str, int]
     built: bool = True
 
+    def in_words(self, seconds: float) -> str:
+        """A line for each split, and one for the folder, which took so long."""
+        lines = []
+        for split, tasks in self.tasks.items():
+            named = ", ".join(f"{count:,} {task}" for task, count in tasks.items())
+            lines.append(f"{split:<12}{sum(tasks.values()):>8,} records, {self.pictures[split]:,} pictures: {named}")
+        records = sum(map(sum, (tasks.values() for tasks in self.tasks.values())))
+        done = f"built in {seconds:.1f} s ({records / seconds:,.0f} records/s)" if self.built else "was there already"
+        return "\n".join([*lines, f"{self.folder} {done}"])
+
 
 def build_world(
     out: Path,
@@ -55,7 +66,8 @@ def build_world(
 ) -> Report:
     """Write `<split>.jsonl`, `pictures/<split>/<scene seed>.png`, `world.json` and the contact sheet `index.html`.
 
-    The folder appears when it is complete. When it is there already and holds exactly this data, nothing is done.
+    The folder appears when it is complete. When it is there already and holds exactly this data, nothing is done; a
+    second builder of a folder waits for the first.
 
     Args:
         out: folder to make.
@@ -67,18 +79,41 @@ def build_world(
         splits: records of each split instead of `rows`; `composition` may be among them.
         sheet: write the contact sheet, too.
     Raises:
-        WorldError: an argument is wrong, or the folder is there and holds something else.
+        WorldError: an argument is wrong, or the folder cannot be written, or is there and holds something else.
     """
     settings = _settings(rows, seed, preset, kind, weights, splits)
     out = Path(out)
     if (present := _present(out, settings)) is not None:
         return present
+    try:
+        with one_builder(out.parent):
+            return _present(out, settings) or _build(out, settings, sheet)
+    except OSError as error:
+        raise WorldError(f"{out} cannot be written: {error.strerror or error}; choose another folder") from error
+
+
+def splits_from(texts: Iterable[str]) -> dict[str, int]:
+    """Splits as a command line names them: `test=1000`.
+
+    Raises:
+        WorldError: a text is not NAME=RECORDS.
+    """
+    splits = {}
+    for text in texts:
+        name, _, count = text.partition("=")
+        if not count.isdecimal():
+            raise WorldError(f"--split {text!r} is not NAME=RECORDS, such as test=1000")
+        splits[name] = int(count)
+    return splits
+
+
+def _build(out: Path, settings: Mapping[str, Any], sheet: bool) -> Report:
     with write_folder_atomically(out, durable=False) as folder:  # twenty thousand pictures are quickly drawn again
         tasks, pictures = {}, {}
         for split, count in settings["splits"].items():
             (folder / "pictures" / split).mkdir(parents=True)
             counts: Counter[str] = Counter(pictures=0)
-            drawn = _draw_records(split, count, seed, preset, settings["weights"])
+            drawn = _draw_records(split, count, settings["seed"], settings["preset"], settings["weights"])
             write_manifest(folder / f"{split}.jsonl", _with_pictures(folder, drawn, counts))
             pictures[split] = counts.pop("pictures")
             tasks[split] = dict(sorted(counts.items()))
@@ -117,10 +152,12 @@ def _with_pictures(folder: Path, drawn: Iterable[_Drawn], counts: Counter[str]) 
 
 
 def _fingerprint() -> str:
-    """Tells this code from one that writes other records for the same settings, as after a change of wording."""
-    drawn = _draw_records("train", FINGERPRINT_RECORDS, 0, "learnable", dict.fromkeys(PARTS, 1.0))
-    records = [repr(record) for record, _ in drawn]
-    return sha256("\n".join(records).encode()).hexdigest()[:16]
+    """Tells this code from one that writes or draws otherwise for the same settings, as after a change of wording."""
+    digest = sha256()
+    for record, scene in _draw_records("train", FINGERPRINT_RECORDS, 0, "learnable", dict.fromkeys(PARTS, 1.0)):
+        digest.update(f"{record!r}\n".encode())
+        digest.update(render(scene).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _write_sheet(folder: Path) -> None:
@@ -157,6 +194,8 @@ def _settings(
         raise WorldError("all weights are 0; expected at least one above")
     default = {"train": rows, "validation": max(64, rows // 20), "test": max(64, rows // 5)}
     splits = dict(default if splits is None else splits)
+    if not splits:
+        raise WorldError(f"splits is empty; expected some of {', '.join(SPLITS)} with their number of records")
     for split, count in splits.items():
         if split not in SPLITS:
             raise WorldError(f"split {split!r} is unknown; expected some of {', '.join(SPLITS)}")

@@ -18,7 +18,7 @@ class ParsedCaption:
         objects: cell -> attribute -> value, for objects with a place.
         mentions: attributes of objects without a place (brief captions).
         count: the number of objects that the text states, if it does.
-        problems: why the caption is not valid: unknown sentences, contradictions, missing background.
+        problems: why the caption is not valid, in words; see `parse_caption`.
     """
 
     background: str | None = None
@@ -29,7 +29,7 @@ class ParsedCaption:
 
     @property
     def valid(self) -> bool:
-        """True when every sentence was understood and none contradicts another."""
+        """True when every sentence was understood, none contradicts another, and the text is whole."""
         return not self.problems
 
     def facts(self) -> dict[tuple[str, int | None], str]:
@@ -51,20 +51,31 @@ _SENTENCES = (
 def parse_caption(text: str, grid: int = 2) -> ParsedCaption:
     """Read a caption of any style.
 
+    It is valid when all of this holds: every sentence is one of the grammar's, closed by a full stop, and said once;
+    a background is named, and one only; no place holds two shapes or does not exist; a count is that of the shapes
+    described (at least that of the shapes mentioned); and a shape mentioned without its place is among those described.
+
     Args:
         text: sentences closed by full stops.
         grid: grid width of the world, which says what places exist.
     """
     parsed = ParsedCaption()
-    for sentence in re.split(r"\.\s*", text.strip()):
-        if sentence:
-            _read_sentence(sentence.strip(), grid, parsed)
+    *sentences, rest = re.split(r"\.\s*", text.strip())
+    said: set[str] = set()
+    for sentence in filter(None, (*sentences, rest)):
+        _read_sentence(sentence.strip(), grid, parsed)
+        if sentence.lower() in said:
+            parsed.problems.append(f"said twice: {sentence!r}")
+        said.add(sentence.lower())
     if not text.strip():
         parsed.problems.append("the caption is empty")
+    if rest:
+        parsed.problems.append(f"the last sentence is not closed: {rest!r}")
+    if "" in sentences:
+        parsed.problems.append("a full stop closes no sentence")
     if parsed.background is None:
         parsed.problems.append("no background is named")
-    if parsed.count is not None and parsed.objects and parsed.count != len(parsed.objects):
-        parsed.problems.append(f"{parsed.count} shapes are announced and {len(parsed.objects)} described")
+    _compare_with_objects(parsed)
     return parsed
 
 
@@ -101,6 +112,19 @@ def _read_sentence(sentence: str, grid: int, parsed: ParsedCaption) -> None:
     if cell in parsed.objects:
         parsed.problems.append(f"two shapes in the {said['place']}")
     parsed.objects[cell] = attributes
+
+
+def _compare_with_objects(parsed: ParsedCaption) -> None:
+    """What the text announces must be what it describes."""
+    described = list(parsed.objects.values())
+    if parsed.count is not None and described and parsed.count != len(described):
+        parsed.problems.append(f"{parsed.count} shapes are announced and {len(described)} described")
+    if parsed.count is not None and parsed.count < len(parsed.mentions):
+        parsed.problems.append(f"{parsed.count} shapes are announced and {len(parsed.mentions)} mentioned")
+    for mention in parsed.mentions:
+        if described and not any(mention.items() <= attributes.items() for attributes in described):
+            named = ", ".join(f"{kind} {value}" for kind, value in mention.items())
+            parsed.problems.append(f"a shape is mentioned that is not described: {named}")
 
 
 def _state(parsed: ParsedCaption, name: str, value: int | str) -> None:

@@ -1,4 +1,9 @@
-"""How right is a written prompt? Every score is a (right, total) pair, so that sums over scenes are exact."""
+"""How right is a written prompt? Every score is a (right, total) pair, so that sums over scenes are exact.
+
+A prompt is *valid* when the grammar reads all of it without a contradiction (`grammar.parse_caption` says what that
+takes) and it describes at least one shape with its place. A cell of which a prompt says nothing counts as empty, but
+only in a prompt that describes a shape: silence earns nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llmga.toyworld.edits import Edit, all_facts, holds
+from llmga.toyworld.edits import NOTHING, Edit, all_facts
 from llmga.toyworld.grammar import ParsedCaption, parse_caption, says
 from llmga.toyworld.scene import Facts, Scene
-from llmga.toyworld.visibility import MIN_VISIBLE, visible_share
+from llmga.toyworld.visibility import is_visible
 
 
 @dataclass
@@ -27,17 +32,19 @@ class PromptScore:
 def score_description(prompt: str, scene: Scene, hole: np.ndarray | None = None) -> PromptScore:
     """Score a prompt that should describe a scene, or what a mask leaves to see of it.
 
-    Scores: `valid` (grammar), `attributes` and `attribute:<kind>` (a missing object is wrong in all of its attributes),
+    Scores: `valid`, `attributes` and `attribute:<kind>` (a missing object is wrong in all of its attributes),
     `exact` (every fact and no other; only without a hole), `no_extra` (no object where a visible cell is empty).
 
     Args:
         hole: (S, S), 1 = hidden; the facts of objects that are mostly hidden are not counted.
     """
-    parsed, score = parse_caption(prompt, scene.geometry.grid), PromptScore()
-    score.add("valid", parsed.valid)
+    grid = scene.geometry.grid
+    parsed, score = parse_caption(prompt, grid), PromptScore()
+    score.add("valid", _is_valid(parsed))
     _score_facts(score, parsed, _visible_facts(scene, hole))
-    empty = [cell for cell in scene.empty_cells() if _is_visible(scene, cell, hole)]
-    score.add("no_extra", sum(cell not in parsed.objects for cell in empty), len(empty))
+    empty = [cell for cell in scene.empty_cells() if is_visible(scene, cell, hole)]
+    said = _said(parsed, grid)
+    score.add("no_extra", sum(said.get(("shape", cell)) == NOTHING for cell in empty), len(empty))
     if hole is None:
         score.add("exact", says(parsed, scene))
     return score
@@ -50,7 +57,7 @@ def score_refinement(prompt: str, brief: str, grid: int) -> PromptScore:
     them).
     """
     parsed, asked, score = parse_caption(prompt, grid), parse_caption(brief, grid), PromptScore()
-    score.add("valid", parsed.valid)
+    score.add("valid", _is_valid(parsed))
     kept = [parsed.background == asked.background]
     if asked.count is not None:
         kept.append(len(parsed.objects) == asked.count)
@@ -67,14 +74,25 @@ def score_edit(prompt: str, edit: Edit) -> PromptScore:
     Scores: `valid`, `requested` (all facts that the instruction asks for), `preserved` (share of all other facts),
     `joint` (all requested and all preserved facts), and the attributes as for a description.
     """
-    parsed, score = parse_caption(prompt, edit.target.geometry.grid), PromptScore()
-    score.add("valid", parsed.valid)
-    said = parsed.facts()
-    score.add("requested", holds(said, edit.requested))
-    score.add("preserved", sum(holds(said, {key: value}) for key, value in edit.preserved.items()), len(edit.preserved))
-    score.add("joint", holds(said, all_facts(edit.target)) and parsed.valid)
+    grid = edit.target.geometry.grid
+    parsed, score = parse_caption(prompt, grid), PromptScore()
+    score.add("valid", _is_valid(parsed))
+    said = _said(parsed, grid).items()
+    score.add("requested", edit.requested.items() <= said)
+    score.add("preserved", len(edit.preserved.items() & said), len(edit.preserved))
+    score.add("joint", all_facts(edit.target).items() <= said and _is_valid(parsed))
     _score_facts(score, parsed, edit.target.facts())
     return score
+
+
+def _is_valid(parsed: ParsedCaption) -> bool:
+    return parsed.valid and bool(parsed.objects)
+
+
+def _said(parsed: ParsedCaption, grid: int) -> Facts:
+    """The facts of a prompt, the emptiness of the other cells among them if it describes any shape."""
+    empty: Facts = {("shape", cell): NOTHING for cell in range(grid**2) if cell not in parsed.objects}
+    return parsed.facts() | empty if parsed.objects else parsed.facts()
 
 
 def _score_facts(score: PromptScore, parsed: ParsedCaption, facts: Facts) -> None:
@@ -89,9 +107,5 @@ def _visible_facts(scene: Scene, hole: np.ndarray | None) -> Facts:
     return {
         (kind, cell): value
         for (kind, cell), value in scene.facts().items()
-        if cell is None or _is_visible(scene, cell, hole)
+        if cell is None or is_visible(scene, cell, hole)
     }
-
-
-def _is_visible(scene: Scene, cell: int, hole: np.ndarray | None) -> bool:
-    return hole is None or visible_share(scene, cell, hole) >= MIN_VISIBLE

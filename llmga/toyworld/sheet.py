@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,14 +15,14 @@ from PIL import Image
 from llmga.images import blank_holes, data_url
 from llmga.masks import BOXES, OUTPAINTING_WIDE, STROKES, MaskMixture, random_mask
 from llmga.records import Record
-from llmga.tokens import clip_length, clip_words
+from llmga.tokens import CHUNK_TOKENS, clip_length, clip_words
 from llmga.toyworld.edits import NOTHING, Edit
 from llmga.toyworld.grammar import match_sentence
 from llmga.toyworld.render import render
 from llmga.toyworld.scene import BACKGROUNDS, COLOURS, THEMES, Scene
+from llmga.toyworld.visibility import hidden_cells
 from llmga.toyworld.wording import PLACES, WORDS, value_of
 
-CHUNK_TOKENS = 75
 SHOWN_PER_PART = 12
 """Records of each part that are shown; statistics count all."""
 
@@ -45,12 +45,16 @@ TITLES = {
 
 
 class Segment(NamedTuple):
-    """A stretch of a caption: its slot if it is a fact, the CLIP chunk it lies in, and a colour to show it with."""
+    """A stretch of a caption: its slot if it is a fact, the CLIP chunk it lies in, and a colour to show it with.
+
+    `is_hidden` says that the fact is of an object that a mask hides.
+    """
 
     text: str
     slot: str
     chunk: int
     colour: str
+    is_hidden: bool = False
 
 
 def write_sheet(path: Path, records: Iterable[Record]) -> None:
@@ -81,24 +85,30 @@ def write_sheet(path: Path, records: Iterable[Record]) -> None:
     path.write_text(page, encoding="utf-8")
 
 
-def segments(text: str) -> list[Segment]:
-    """Cut a caption of any style at its facts and at the borders of CLIP's 75-token chunks."""
-    facts = [(start, end, slot) for start, end, slot in _facts(text)]
+def segments(text: str, hidden_places: Collection[str] = ()) -> list[Segment]:
+    """Cut a caption of any style at its facts and at the borders of CLIP's 75-token chunks.
+
+    Args:
+        hidden_places: places whose objects cannot be seen.
+    """
+    facts = list(_facts(text, hidden_places))
     borders = _chunk_starts(text)
-    cuts = sorted({0, len(text), *borders, *(cut for start, end, _ in facts for cut in (start, end))})
+    cuts = sorted({0, len(text), *borders, *(cut for start, end, *_ in facts for cut in (start, end))})
     found = []
     for start, end in pairwise(cuts):
-        slot = next((name for first, last, name in facts if first <= start < last), "")
+        slot, is_hidden = next((fact for first, last, *fact in facts if first <= start < last), ("", False))
         chunk = sum(border <= start for border in borders)
-        found.append(Segment(text[start:end], slot, chunk, _colour(slot, text[start:end])))
+        found.append(Segment(text[start:end], slot, chunk, _colour(slot, text[start:end]), is_hidden))
     return found
 
 
-def _facts(text: str) -> Iterator[tuple[int, int, str]]:
+def _facts(text: str, hidden_places: Collection[str]) -> Iterator[tuple[int, int, str, bool]]:
+    """(start, end, slot, whether its object is hidden) of each fact."""
     start = 0
     while (stop := text.find(".", start)) >= 0:
         if match := match_sentence(text, start, stop):
-            yield from ((*match.span(slot), slot) for slot in match.groupdict())
+            is_hidden = match.groupdict().get("place", "").lower() in hidden_places
+            yield from ((*match.span(slot), slot, is_hidden) for slot in match.groupdict())
         start = stop + 1 + (text[stop + 1 : stop + 2] == " ")
 
 
@@ -119,17 +129,17 @@ def _colour(slot: str, word: str) -> str:
 def _card(record: Record, rng: np.random.Generator) -> dict[str, Any]:
     """What the template shows of a record."""
     card: dict[str, Any] = {"id": record.id, "task": record.task, "turns": [], "instruction": record.instruction}
+    if "scene" in record.meta:
+        card |= _pictures(record, Scene.from_dict(record.meta["scene"]), rng)
     text = record.target_caption or record.caption
     if text:
-        card |= {"caption": segments(text), "num_tokens": clip_length(text)}
+        card |= {"caption": segments(text, card.get("hidden", ())), "num_tokens": clip_length(text)}
     if record.short_caption:
         card["brief"] = segments(record.short_caption)
     for question, answer in zip(*[iter(record.messages or ())] * 2, strict=True):
         said = answer["content"]
         is_caption = record.meta["part"] in ("brief", "medium")
         card["turns"].append((question["content"], segments(said) if is_caption else [Segment(said, "", 0, "")]))
-    if "scene" in record.meta:
-        card |= _pictures(record, Scene.from_dict(record.meta["scene"]), rng)
     return card
 
 
@@ -140,6 +150,10 @@ def _pictures(record: Record, scene: Scene, rng: np.random.Generator) -> dict[st
         mask = random_mask(rng, picture.height, picture.width, MASKS[record.task])
         pictures["masked"] = data_url(blank_holes(picture, mask))
         pictures["mask"] = data_url(Image.fromarray(mask.hole * 255))
+        places = PLACES[scene.geometry.grid]
+        pictures["hidden"] = {places[cell] for cell in hidden_cells(scene, mask.hole)}
+        places = PLACES[scene.geometry.grid]
+        pictures["hidden"] = {places[cell] for cell in hidden_cells(scene, mask.hole)}
     if "edit" in record.meta:
         edit = Edit.from_dict(record.meta["edit"])
         after = Image.fromarray(render(edit.target))

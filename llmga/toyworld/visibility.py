@@ -11,6 +11,16 @@ MIN_VISIBLE = 0.5
 """Share of an object that must be outside of the hole for its attributes to be asked for."""
 
 
+def is_visible(scene: Scene, cell: int, hole: np.ndarray | None) -> bool:
+    """Whether the cell's object, or the empty cell, can be told through a hole; without one everything can."""
+    return hole is None or visible_share(scene, cell, hole) >= MIN_VISIBLE
+
+
+def hidden_cells(scene: Scene, hole: np.ndarray | None) -> list[int]:
+    """The cells of which too little can be seen."""
+    return [cell for cell in range(scene.geometry.grid**2) if not is_visible(scene, cell, hole)]
+
+
 def visible_share(scene: Scene, cell: int, hole: np.ndarray) -> float:
     """Share of the cell's object, or of the empty cell, that lies outside of the hole.
 

@@ -3,11 +3,23 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from eval.language import TASKS, build_items, choose_records, compare, score_item, summarise, table
+from eval.language import (
+    DETAIL_ROWS,
+    TASKS,
+    Item,
+    build_items,
+    choose_records,
+    compare,
+    score_item,
+    summarise,
+    table,
+    table_rows,
+)
 from eval.language_page import mark_facts
 from llmga.stage1.tasks import TaskSettings
 from llmga.toyworld.build import build_world
@@ -37,6 +49,42 @@ def test_expected_replies_get_full_marks(world: Path, phrasing: str) -> None:
         elif name != "tags_where_none_belong":
             assert value == 1, (task, name)
     assert "| editing: joint success | 100.0 %" in table(summarise(rows))
+
+
+def test_what_a_record_is_asked_does_not_depend_on_the_others(world: Path) -> None:
+    settings = TaskSettings(picture_size=64)
+
+    def asked(rows: int) -> dict[str, tuple[object, object]]:
+        records = choose_records(world / "test.jsonl", dict.fromkeys(("inpainting", "prompt_refinement"), rows))
+        items = build_items(records, world, settings, seed=0)
+        return {i.id: (i.turns[-1].content, i.example.picture and i.example.picture.tobytes()) for i in items}
+
+    few, many = asked(4), asked(12)
+    assert len(few) == 8 and len(many) == 24
+    assert few == {id: many[id] for id in few}
+    assert len({picture for _, picture in few.values()}) == 5  # four masks, and refinements without a picture
+
+
+def test_every_kind_of_edit_and_question_is_measured_by_itself(world: Path) -> None:
+    records = choose_records(world / "test.jsonl", {"editing": 40, "vqa": 40})
+    items = list(build_items(records, world, TaskSettings(picture_size=64), seed=0))
+    kinds = {record.id: record.meta["edit"]["kind"] for record in records if record.task == "editing"}
+
+    def said(item: Item) -> str:  # wrong in recolouring and in counting, right elsewhere
+        return "?" if item.detail in ("recolour", "count") else item.expected
+
+    metrics = summarise([score_item("tuned", item, said(item)) for item in items])
+    joint = {m["name"]: m for m in metrics if m["name"].startswith("joint:")}
+    assert {name: m["n"] for name, m in joint.items()} == Counter(f"joint:{kind}" for kind in kinds.values())
+    assert {name for name, m in joint.items() if m["value"] < 1} == {"joint:recolour"}
+    asked = {m["name"]: m for m in metrics if m["name"].startswith("exact_match:")}
+    assert {name for name, m in asked.items() if m["value"] < 1} == {"exact_match:count"}
+    assert asked["exact_match:count"]["value"] == 0
+    questions = Counter(kind for record in records if record.task == "vqa" for kind in record.meta["questions"])
+    assert {name.partition(":")[2] for name in asked} == set(questions)
+    shown = table_rows(metrics, DETAIL_ROWS)
+    assert len(shown) == len(joint) + len(asked)
+    assert "recolour" not in table(metrics)
 
 
 def test_swapped_replies_do_not(world: Path) -> None:
@@ -83,6 +131,7 @@ def test_command_writes_result_items_and_page(world: Path, tmp_path: Path) -> No
     assert all(pair == [0, 1] for pair in pairs)  # a random model writes no tags
     page = (out / "index.html").read_text()
     assert page.count("data:image/png") > 5
+    assert "By kind of edit and of question" in page and ": joint success</td>" in page
     assert 'src="http' not in page
 
 
@@ -100,3 +149,31 @@ def test_only_tags_are_marked_where_another_answer_is_as_right() -> None:
     assert mark_facts(reply, reply, judge=False).count('class="tag"') == 2
     assert 'class="right">red' in mark_facts(reply, reply)
     assert 'class="wrong">red' in mark_facts(reply, "Top left large plain blue circle.")
+
+
+def test_what_a_mask_hides_is_neither_right_nor_wrong() -> None:
+    truth = "Top left large plain blue circle. Top right large plain red square. On navy."
+    reply = "Top left small plain red circle. Top right large plain red square. Bottom left large plain red square."
+    shown = mark_facts(reply, truth, hidden=[0, 2])
+    assert 'class="wrong"' not in shown
+    assert shown.count('class="hidden"') == 8 and shown.count('class="right"') == 4
+    assert mark_facts(reply, truth).count('class="wrong"') == 2 + 4  # size and colour, and an object too many
+
+
+def test_facts_are_marked_on_any_grid() -> None:
+    truth = "Middle right large plain blue circle. On navy."
+    assert mark_facts(truth, truth, grid=3).count('class="right"') == 5
+    assert 'class="wrong">red' in mark_facts("Middle right large plain red circle", truth, grid=3)
+
+
+def test_rows_tell_what_their_mask_hides(world: Path) -> None:
+    records = choose_records(world / "test.jsonl", {"inpainting": 12, "similar_image": 2, "qa": 1})
+    items = list(build_items(records, world, TaskSettings(picture_size=64), seed=0))
+    rows = [score_item("tuned", item, item.expected) for item in items]
+    hidden = {row["task"]: [] for row in rows}
+    for row in rows:
+        assert row.get("grid") == (None if row["task"] == "qa" else 2)
+        hidden[row["task"]].append(row.get("hidden"))
+    assert hidden["similar_image"] == [[], []]
+    masked = [cells for task in ("inpainting", "outpainting") for cells in hidden.get(task, [])]
+    assert len(masked) == 12 and any(masked) and set().union(*masked) <= {0, 1, 2, 3}

@@ -135,11 +135,11 @@ def test_an_adapter_run_resumes_to_the_bit(settings: Path, alone: Path) -> None:
     with pytest.raises(
         ResumeError, match=r"holds adapters of rank 4 on .*, this run trains adapters of rank 8 on .*; set"
     ):
-        train(load_config(Stage1Config, settings, [*overrides, "model.lora.rank=8"]))
+        train(load_config(Stage1Config, settings, [*overrides, "model.lora.rank=8", "run.resume_anyway=true"]))
     with pytest.raises(
         ResumeError, match=r"holds adapters of rank 4 on .*, this run trains whole weights; set model.lora"
     ):
-        train(load_config(Stage1Config, settings, [overrides[-1]]))
+        train(load_config(Stage1Config, settings, [overrides[-1], "run.resume_anyway=true"]))
 
 
 @pytest.mark.parametrize(("engine", "tags"), [("ddp", "tokens"), ("zero2", "tokens"), ("zero3", "text")])

@@ -337,6 +337,8 @@ def test_an_incomplete_checkpoint_is_ignored_and_a_misfit_is_refused(
         train_here(settings, elsewhere, "run.batch_size=6")
     assert not (folder / "checkpoint-8").exists()
     assert "removed" in capsys.readouterr().err
+    with pytest.raises(ResumeError, match=r"checkpoint-6 was trained otherwise: run\.seed was 0 and is 5 now; undo"):
+        train_here(settings, elsewhere, "run.seed=5")
     with pytest.raises(ResumeError, match=r"written by plain, this run uses zero2; set run\.deepspeed"):
         from llmga.run_folder import check_fits
 

@@ -25,11 +25,11 @@ from llmga.check.sets import RowSet
 from llmga.images import blank_holes, fit_mask
 from llmga.masks import MEDIUM, NARROW, OUTPAINTING_NARROW, STAGE1, STAGE2, WIDE, MaskMixture, random_mask
 from llmga.quarantine import read_quarantine, write_quarantine
+from llmga.record_check import check_record
 from llmga.records import (
     TASKS,
     Record,
     RecordError,
-    check_record,
     open_manifest,
     record_from_row,
     row_of,

@@ -116,7 +116,6 @@ optim:
         "nonsense: an override is written key=value, such as optim.lr=1e-5",
         "lr (line 2): unknown key, found 2e-05; did you mean optim.lr?",
         'run.output_dri (line 4): unknown key, found "runs/x"; did you mean run.output_dir?',
-        "run.output_dir (line 3): missing, and it has no default",
         "run.num_workers (line 7): found 2.5, expected a whole number",
         "run.trackers.0 (command line): found \"wandbb\", expected 'wandb' or 'tensorboard'; did you mean 'wandb'?",
         "run.max_steps (line 5), run.epochs (line 6): found 10 and 2.0, expected one of the two; remove one, or set it "
@@ -147,6 +146,13 @@ optim:
 def test_the_key_probably_meant(override: str, meant: str, tmp_path: Path) -> None:
     (line,) = mistakes(RUN + "parts: [{path: a}, {path: b}]", override, tmp_path=tmp_path)
     assert line.endswith(f"; did you mean {meant}?")
+
+
+def test_a_misspelt_key_is_not_missing_too(tmp_path: Path) -> None:
+    for text in ("run: {output_dri: x}", RUN + "parts: [{pth: a}]", "rnu: {output_dir: x}"):
+        assert len(mistakes(text, tmp_path=tmp_path)) == 1
+    both = mistakes(RUN + "parts: [{pth: a, weight: heavy}, {weight: 1}]", tmp_path=tmp_path)
+    assert [line.partition(" ")[0] for line in both] == ["parts.0.pth", "parts.0.weight", "parts.1.path"]
 
 
 def test_nothing_is_suggested_for_a_key_like_no_other(tmp_path: Path) -> None:
@@ -339,6 +345,7 @@ def test_a_sound_stage1_config(stage1_files: list[str]) -> None:
     ("overrides", "complaint"),
     [
         (["model.attention=flash_attention_2", "run.precision=fp32"], "model.attention .*, run.precision .*bf16 only"),
+        (["data.language=eng"], "data.language .*: found eng, expected a language of .*yaml: en; did you mean 'en'"),
         (["model.path=/no/where"], "model.path .*: /no/where is no such folder, expected a LLaVA model"),
         (["model.path=."], "model.path .*: . is a folder without config.json"),
         (["model.llm=."], "model.path .*, model.llm .*: found path together with llm; give a whole model"),

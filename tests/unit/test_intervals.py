@@ -3,20 +3,20 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import ArrayLike
 
-from llmga.metrics.intervals import (
-    Interval,
-    bootstrap_difference,
-    bootstrap_mean,
-    bootstrap_ratio,
-    bootstrap_runs,
-    wilson,
-)
+from llmga.metrics.intervals import Interval, bootstrap_difference, bootstrap_ratio, bootstrap_runs, wilson
 
 quick = {"draws": 300}
+
+
+def mean(values: ArrayLike, **options: Any) -> Interval:
+    """The interval of a plain mean: every total is 1."""
+    return bootstrap_ratio(values, np.ones(np.shape(values)), **options)
 
 
 def coverage(truth: float, measure: Callable[[np.random.Generator], Interval], experiments: int = 1000) -> float:
@@ -26,8 +26,8 @@ def coverage(truth: float, measure: Callable[[np.random.Generator], Interval], e
 
 
 def test_mean_covers_as_claimed_at_50_units() -> None:
-    assert 0.93 <= coverage(0.5, lambda rng: bootstrap_mean(rng.random(50), **quick)) <= 0.96
-    assert 0.88 <= coverage(0.5, lambda rng: bootstrap_mean(rng.random(50), level=0.9, **quick)) <= 0.92
+    assert 0.93 <= coverage(0.5, lambda rng: mean(rng.random(50), **quick)) <= 0.96
+    assert 0.88 <= coverage(0.5, lambda rng: mean(rng.random(50), level=0.9, **quick)) <= 0.92
 
 
 def test_difference_covers_as_claimed_and_gains_from_pairing() -> None:
@@ -67,7 +67,7 @@ def test_clusters_are_one_unit_each() -> None:
     by_scene = bootstrap_ratio([1, 0, 3, 2], [1, 1, 4, 4], clusters=["a", "a", "b", "b"])
     assert by_scene == bootstrap_ratio([1, 5], [2, 8], clusters=["a", "b"])
     assert (by_scene.value, by_scene.n) == (0.6, 2)
-    assert bootstrap_mean([1, 3, 5], clusters=[0, 0, 1]).value == 3.0
+    assert mean([1, 3, 5], clusters=[0, 0, 1]).value == 3.0
 
 
 def test_a_rate_of_one_or_zero_keeps_a_width() -> None:
@@ -96,29 +96,29 @@ def test_wilson_equals_published_values(successes: int, n: int, low: float, high
 
 def test_same_seed_same_interval_whatever_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(1).random(80)
-    first = bootstrap_mean(values, seed=3)
-    assert first == bootstrap_mean(values, seed=3)
-    assert first != bootstrap_mean(values, seed=4)
+    first = mean(values, seed=3)
+    assert first == mean(values, seed=3)
+    assert first != mean(values, seed=4)
     monkeypatch.setattr("llmga.metrics.intervals._CHUNK_NUMBERS", 1000)
-    assert first == bootstrap_mean(values, seed=3)
+    assert first == mean(values, seed=3)
 
 
 def test_a_single_unit_has_no_interval_and_says_so() -> None:
-    assert bootstrap_mean([0.3]) == Interval(0.3, 0.3, 0.3, 1, "none: a single unit has no spread")
+    assert mean([0.3]) == Interval(0.3, 0.3, 0.3, 1, "none: a single unit has no spread")
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: bootstrap_mean([]), "nothing to average"),
+        (lambda: mean([]), "nothing to average"),
         (lambda: bootstrap_ratio([0, 0], [0, 0]), "nothing to average"),
-        (lambda: bootstrap_mean([0.1, float("nan")]), r"values\[1\] is not finite"),
-        (lambda: bootstrap_mean([[0.1]]), r"values has shape \(1, 1\)"),
+        (lambda: mean([0.1, float("nan")]), r"successes\[1\] is not finite"),
+        (lambda: mean([[0.1]]), r"successes has shape \(1, 1\)"),
         (lambda: bootstrap_difference([1], [1, 2]), "a has 1 values, b has 2"),
         (lambda: bootstrap_ratio([1], [1, 2]), "1 successes for 2 totals"),
         (lambda: bootstrap_ratio([1, 1], [1, -1]), "a total is -1"),
-        (lambda: bootstrap_mean([1, 2], clusters=["a"]), "1 clusters for 2 values"),
-        (lambda: bootstrap_mean([1, 2], level=95), "level is 95"),
+        (lambda: mean([1, 2], clusters=["a"]), "1 clusters for 2 values"),
+        (lambda: mean([1, 2], level=95), "level is 95"),
         (lambda: wilson(3, 2), "3 successes out of 2"),
     ],
 )

@@ -193,6 +193,14 @@ def test_loading_refuses_weights_that_would_stay_random(saved: Path) -> None:
 def test_loading_refuses_a_folder_that_is_not_llava(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no config.json there"):
         load_mllm(tmp_path / "nowhere")
+    settings = (saved / "config.json").read_text()
+    (saved / "config.json").write_text(settings[:-9])
+    with pytest.raises(ModelError, match=r"config.json cannot be read as JSON \(.*line .*\); save or download"):
+        load_mllm(saved)
+    (saved / "config.json").write_text("[]")
+    with pytest.raises(ModelError, match=r"config.json holds a list, expected an object"):
+        load_mllm(saved)
+    (saved / "config.json").write_text(settings)
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {"model_type": "llava_llama"}))
     with pytest.raises(ModelError, match="model_type is 'llava_llama', expected 'llava'"):

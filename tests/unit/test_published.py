@@ -20,7 +20,8 @@ import yaml
 from llmga.json_stream import StreamError
 from llmga.published import FORMATS, BadRow, PublishedError, Report, convert_published, manifest_of, read_published
 from llmga.published_rows import guess_formats
-from llmga.records import Record, RecordError, check_record, open_manifest, write_manifest
+from llmga.record_check import check_record
+from llmga.records import Record, RecordError, open_manifest, write_manifest
 
 ROOT = Path(__file__).parents[2]
 MINI = ROOT / "tests" / "fixtures" / "llmga-datasetv2-mini"

@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmga import row_index
-from llmga.records import Manifest, Record, RecordError, check_record, open_manifest, write_manifest
+from llmga.record_check import check_record
+from llmga.records import Manifest, Record, RecordError, open_manifest, write_manifest
 
 TURNS = ({"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A kite."})
 
@@ -347,7 +348,8 @@ def test_a_missing_file_is_named_with_its_neighbour(tmp_path: Path) -> None:
     written(tmp_path / "train.jsonl", {})
     with pytest.raises(RecordError, match=r"trian\.jsonl does not exist; did you mean .*/train\.jsonl\?"):
         open_manifest(tmp_path / "trian.jsonl")
-    with pytest.raises(RecordError, match=r"is a folder, expected a file; it holds train\.jsonl"):
+    written(tmp_path / ".cache.jsonl", {})
+    with pytest.raises(RecordError, match=r"is a folder, expected a file; it holds train\.jsonl$"):
         open_manifest(tmp_path)
     with pytest.raises(RecordError, match="does not exist, and neither does its folder"):
         open_manifest(tmp_path / "nowhere" / "train.jsonl")

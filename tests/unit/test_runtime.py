@@ -16,13 +16,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from llmga import runtime
+from llmga.environment import environment
 from llmga.runtime import (
     MetricsLog,
     Ranks,
     RuntimeSetupError,
     StopSignal,
     any_rank,
-    environment,
     from_main,
     init_distributed,
     memory_gb,

@@ -5,6 +5,7 @@ import pytest
 
 from llmga.toyworld import describe, sample_scene
 from llmga.toyworld.edits import KINDS, feasible_kinds, sample_edit
+from llmga.toyworld.grammar import parse_caption
 from llmga.toyworld.scene import Scene
 from llmga.toyworld.scores import score_description, score_edit, score_refinement
 from llmga.toyworld.visibility import visible_share
@@ -71,6 +72,33 @@ def test_edit_scores_tell_copying_from_editing(kind: str) -> None:
     copied = score_edit(caption(scene), edit).pairs
     assert copied["requested"] == copied["joint"] == (0, 1)
     assert rate(copied["preserved"]) == 1
+
+
+@pytest.mark.parametrize("kind", ["remove", "move", "recolour"])
+def test_silence_about_a_cell_is_no_claim_that_it_is_empty(kind: str) -> None:
+    scene = next(s for s in map(sample_scene, range(100)) if kind in feasible_kinds(s) and len(s.objects) == 3)
+    edit = sample_edit(scene, np.random.default_rng(1), kind)
+    for text in ("", f"On {edit.target.background}."):
+        pairs = score_edit(text, edit).pairs
+        assert pairs["requested"] == pairs["joint"] == pairs["valid"] == (0, 1)
+        assert pairs["preserved"][0] == bool(text)  # the background, and no empty cell
+        assert score_description(text, scene).pairs["no_extra"] == (0, 1)
+
+
+def test_a_brief_caption_is_no_valid_prompt() -> None:
+    brief = caption(sample_scene(3), "brief")
+    assert parse_caption(brief).valid
+    assert score_refinement(brief, brief, 2).pairs["valid"] == (0, 1)
+
+
+@pytest.mark.parametrize("sentence", [0, 1, -1])
+def test_a_loop_or_a_cut_is_not_valid(sentence: int) -> None:
+    scene = sample_scene(3)
+    text = caption(scene)
+    again = text.removesuffix(".").split(". ")[sentence]
+    assert score_description(text, scene).pairs["valid"] == (1, 1)
+    assert score_description(f"{text} {again}.", scene).pairs["valid"] == (0, 1)
+    assert score_description(text[:-1], scene).pairs["valid"] == (0, 1)
 
 
 def test_refinement_keeps_constraints_and_may_imagine_the_rest() -> None:

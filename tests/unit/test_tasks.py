@@ -9,7 +9,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from llmga.records import NEEDS, TASKS, Record, RecordError
+from llmga.record_check import NEEDS
+from llmga.records import TASKS, Record, RecordError
 from llmga.stage1.config import DataConfig, SourceConfig
 from llmga.stage1.instructions import INSTRUCTIONS_PATH, fill_slots, instruction_list
 from llmga.stage1.tasks import Example, TaskSettings, Turn, build_example

@@ -22,7 +22,6 @@ from llmga.tokens import (
     ClipWord,
     GenerationTags,
     Reply,
-    clean_clip_text,
     clip_length,
     clip_positions,
     clip_tokenizer,
@@ -163,11 +162,6 @@ def reference() -> Any:
 def test_ids_equal_openai_clip(text: str, reference: Any) -> None:
     ids = clip_tokenizer()(text).input_ids
     assert ids == [49406, *reference.encode(text), 49407]
-
-
-@pytest.mark.parametrize("text", PLAIN_TEXTS + WEB_TEXTS)
-def test_cleaned_text_from_the_web_has_the_ids_of_openai_clip(text: str, reference: Any) -> None:
-    assert clip_tokenizer()(clean_clip_text(text)).input_ids[1:-1] == reference.encode(text)
 
 
 def test_the_clip_tokenizer_has_clips_special_tokens_and_window() -> None:

@@ -276,6 +276,17 @@ def test_an_unknown_style_is_refused() -> None:
             "On navy. A small plain red square in the top left. A small plain red circle in the top left.",
             "two shapes in the top left",
         ),
+        ("On navy. A small plain red square in the top left", "the last sentence is not closed: 'A small plain red"),
+        ("On navy.. A small plain red square in the top left.", "a full stop closes no sentence"),
+        ("On navy. On navy. A small plain red square in the top left.", "said twice: 'On navy'"),
+        (
+            "One shapes on a navy background, one of them a red disc. A small plain red square in the top left.",
+            "a shape is mentioned that is not described: shape circle, colour red",
+        ),
+        (
+            "One shapes over navy, including a red disc. A navy background with one shapes, among them a red cross.",
+            "1 shapes are announced and 2 mentioned",
+        ),
     ],
 )
 def test_the_grammar_names_what_is_wrong(text: str, problem: str) -> None:

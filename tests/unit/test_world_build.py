@@ -9,16 +9,19 @@ import re
 import runpy
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from llmga.records import Record, check_record, open_manifest
+from llmga.record_check import check_record
+from llmga.records import Record, open_manifest
 from llmga.tokens import TAG_LITERALS, clip_length, clip_positions
-from llmga.toyworld import describe, render, sample_scene
-from llmga.toyworld.build import Report, WorldError, build_world
+from llmga.toyworld import build, describe, render, sample_scene
+from llmga.toyworld.build import Report, WorldError, _settings, build_world
 from llmga.toyworld.corpus import CORPORA, PARTS
 from llmga.toyworld.edits import KINDS, Edit, all_facts
 from llmga.toyworld.grammar import parse_caption, says
@@ -164,6 +167,10 @@ def test_the_same_data_is_not_built_again_and_other_data_is_not_overwritten(
         patch.setattr("llmga.toyworld.wording.CLOSINGS", ("The end",))
         with pytest.raises(WorldError, match=r"differs in generator \(\w{16} there, \w{16} asked\)"):
             build_world(out, splits={"train": 5})
+    with monkeypatch.context() as patch:
+        patch.setattr("llmga.toyworld.build.render", lambda scene: render(scene) ^ 1)  # a renderer of other pixels
+        with pytest.raises(WorldError, match=r"differs in generator"):
+            build_world(out, splits={"train": 5})
     (out / "world.json").write_text("[]")
     with pytest.raises(WorldError, match="toy exists and is not a folder of toy data; choose another folder"):
         build_world(out, splits={"train": 5})
@@ -184,6 +191,41 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     assert [path.name for path in tmp_path.iterdir()] == ["toy"]
 
 
+def test_two_builders_of_a_folder_make_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawing, may_go_on = Event(), Event()
+
+    def drawn_slowly(scene: Scene) -> np.ndarray:
+        drawing.set()
+        assert may_go_on.wait(30)
+        return render(scene)
+
+    settings = _settings(20, 0, "learnable", "stage1", None, {"train": 8})
+    monkeypatch.setattr(build, "_settings", lambda *_: settings)
+    monkeypatch.setattr(build, "render", drawn_slowly)
+    with ThreadPoolExecutor(2) as builders:
+        first = builders.submit(build_world, tmp_path / "toy", sheet=False)
+        assert drawing.wait(30)
+        second = builders.submit(build_world, tmp_path / "toy", sheet=False)
+        with pytest.raises(TimeoutError):
+            second.result(timeout=0.2)  # it waits, and has not torn down what the first has written
+        may_go_on.set()
+        reports = first.result(), second.result()
+    assert [report.built for report in reports] == [True, False]
+    assert reports[0].tasks == reports[1].tasks
+    assert [path.name for path in tmp_path.iterdir()] == ["toy"]
+
+
+@pytest.mark.parametrize("place", ["a_file/toy", "a_file", "/proc/llmga/toy"])
+def test_a_folder_that_cannot_be_made_is_a_sentence(
+    place: str, tmp_path: Path, main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a_file").touch()
+    assert main(["--out", str(tmp_path / place), "--split", "train=2"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert re.search(r"(cannot be written: .*|exists and is not a folder of toy data); choose another folder", said)
+    assert len(said.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -195,6 +237,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest
         ({"weights": {"brief": -1}}, "the weight of 'brief' is -1; expected a number that is not negative"),
         ({"weights": {"brief": float("nan")}}, "the weight of 'brief' is nan"),
         ({"weights": {"brief": 0}}, "all weights are 0"),
+        ({"splits": {}}, "splits is empty; expected some of train, validation, test, composition"),
         ({"splits": {"dev": 5}}, "split 'dev' is unknown; expected some of train, validation, test, composition"),
         ({"splits": {"test": 2_000_000}}, "split 'test' shall hold 2000000 records; expected 1 to 1000000"),
     ],
@@ -237,6 +280,13 @@ def test_the_sheet_marks_facts_and_chunks_where_they_are(style: str) -> None:
             start += len(part.text)
 
 
+def test_the_sheet_greys_what_a_mask_hides() -> None:
+    text = "On navy. Top left large plain blue circle. Bottom right large plain red square."
+    hidden = [part.text for part in segments(text, {"bottom right"}) if part.is_hidden]
+    assert hidden == ["Bottom right", "large", "plain", "red", "square"]
+    assert not any(part.is_hidden for part in segments(text))
+
+
 def test_the_sheet_is_one_file_that_shows_every_part(world: Report) -> None:
     page = (world.folder / "index.html").read_text(encoding="utf-8")
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
@@ -244,6 +294,7 @@ def test_the_sheet_is_one_file_that_shows_every_part(world: Report) -> None:
     test_parts = {record.meta["part"] for record in open_manifest(world.folder / "test.jsonl")}
     assert set(shown) == test_parts | {"themes"}
     assert page.count("data:image/png") > 20
+    assert ('late hidden"' in page or 'size hidden"' in page) == (world.folder.name == "stage1")
     assert ("after" in re.findall(r"<figcaption>(\w+)<", page)) == (world.folder.name == "stage1")
     assert "harbour" in page
 
