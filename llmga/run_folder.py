@@ -113,9 +113,9 @@ class RunFolder:
         return {key: values for key, values in changed.items() if not key.startswith(_HARMLESS)}
 
     def _refuse_another_run(self, checkpoint: Path, config: Any, files: Mapping[str, Fingerprint]) -> None:
-        before = self._settings_before()
-        files_then = next((start["inputs"] for start in reversed(self._starts()) if "inputs" in start), {})
-        changes = decisive_changes(self.changed_settings(config), before or {}, files_then, files)
+        before = self._settings_before() or {}
+        recorded = [start["inputs"] for start in self._starts() if "inputs" in start]
+        changes = decisive_changes(self.changed_settings(config), before, recorded[-1] if recorded else {}, files)
         if not changes:
             return
         if not config.run.resume_anyway:

@@ -96,7 +96,7 @@ def segments(text: str, hidden_places: Collection[str] = ()) -> list[Segment]:
     cuts = sorted({0, len(text), *borders, *(cut for start, end, *_ in facts for cut in (start, end))})
     found = []
     for start, end in pairwise(cuts):
-        slot, is_hidden = next((fact for first, last, *fact in facts if first <= start < last), ("", False))
+        slot, is_hidden = next(((fact[2], fact[3]) for fact in facts if fact[0] <= start < fact[1]), ("", False))
         chunk = sum(border <= start for border in borders)
         found.append(Segment(text[start:end], slot, chunk, _colour(slot, text[start:end]), is_hidden))
     return found

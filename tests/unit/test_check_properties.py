@@ -146,6 +146,7 @@ def test_a_record_is_what_its_row_says(record: Record) -> None:
     assert record_from_row(json.loads(json.dumps(row_of(record)))) == record
 
 
+@ANY_SPEED
 @given(TEXTS, TEXTS)
 def test_braces_in_what_people_write_are_never_slots(caption: str, instruction: str) -> None:
     for template in instruction_list("edit_caption"):
