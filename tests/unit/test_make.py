@@ -69,6 +69,15 @@ def test_the_launch_line_can_be_asked_for_and_is_what_stage1_starts(arguments: l
     assert asked.partition(" ")[2].replace("--dry-run ", "") == started.partition(" ")[2]
 
 
+def test_stage_2_starts_its_own_recipe_and_makes_its_cache_first() -> None:
+    lines = dry_make("stage2", "NPROC=2").stdout.strip().splitlines()
+    assert lines[-1].endswith("scripts/train_stage2.py configs/stage2/toy.yaml") and "--nproc=2" in lines[-1]
+    assert "scripts/cache_stage2.py configs/stage2/toy.yaml" in lines[-2]
+    lines = dry_make("stage2", "CONFIG=configs/stage2/sd15_text_to_image.yaml").stdout.strip().splitlines()
+    assert "scripts/train_stage2.py configs/stage2/sd15_text_to_image.yaml" in lines[-1]
+    assert not any("cache_stage2" in line for line in lines)
+
+
 def test_several_machines_must_be_told_where_to_meet() -> None:
     refused = make("launch-line", "NODES=2")
     assert refused.returncode != 0
@@ -85,7 +94,7 @@ def test_toy_data_is_built_only_for_a_config_that_reads_it(tmp_path: Path) -> No
 
 def test_make_alone_lists_the_commands() -> None:
     listed = subprocess.run(["make"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-    commands = "stage1 test unit check toy-base toy-tuned preview eval clean preflight launch-line"
+    commands = "stage1 stage2 cache test unit check toy-base toy-tuned preview eval clean preflight launch-line"
     for command in commands.split():
         assert f"make {command} " in listed
 
