@@ -44,6 +44,28 @@ def stage1(
 
 
 @app.command()
+def stage2(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would be done, as `plan` does.")] = False,
+) -> None:
+    """Train Stable Diffusion on long prompts on one device; `make stage2` starts several."""
+    with _one_clear_message():
+        if dry_run:
+            _plan_stage2(config, overrides or [], devices=1)
+            return
+        from llmga.config import load_config
+        from llmga.stage2.config import Stage2Config
+
+        settings = load_config(Stage2Config, config, overrides or ())
+        from llmga.runtime import close_distributed
+        from llmga.stage2.train import train
+
+        typer.echo(f"finished: {train(settings)}")
+        close_distributed()
+
+
+@app.command()
 def preflight(config: ConfigFile, overrides: Overrides = None) -> None:
     """Check machine, packages, data, run folder and network for a run; `make preflight` starts it everywhere."""
     with _one_clear_message():

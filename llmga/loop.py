@@ -341,7 +341,8 @@ class _Loop:
         }
         with written_whole(self.place.run.final) as folder:
             self.job.export(folder)
-            write_provenance(folder, facts)
+            text = json.dumps(facts, indent=1, ensure_ascii=False)
+            (folder / "provenance.json").write_text(text, encoding="utf-8")
 
     def _stop_at(self, step: int, what: str, held: list[dict[str, Any]]) -> None:
         """Save the step's batches and end the run on every rank."""
@@ -376,11 +377,6 @@ class _Collate:
     def __call__(self, examples: list[Any]) -> dict[str, Any]:
         outlive_terminate()
         return self.collate(examples)
-
-
-def write_provenance(folder: Path, facts: Mapping[str, Any]) -> None:
-    """What a result was made from, beside it."""
-    (folder / "provenance.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def _pass_seed(seed: int, step: int, number: int, rank: int) -> int:

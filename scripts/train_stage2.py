@@ -11,10 +11,12 @@ Exit codes: 0 done, 1 failed, 2 bad input or settings, 130 interrupted with the 
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
-from llmga.config import EXIT_OK
-from llmga.recipe import recipe_parser, run_recipe
+from llmga.config import EXIT_BAD_INPUT, EXIT_OK, load_config
+from llmga.problem import sentence_of
+from llmga.recipe import recipe_parser, run_recipe, tell
 from llmga.stage2.config import Stage2Config
 
 
@@ -23,7 +25,9 @@ def main() -> int:
     parser = recipe_parser(__doc__)
     parser.add_argument("--dry-run", action="store_true", help="tell what would be done, as `llmga plan` does")
     options = parser.parse_intermixed_args()
-    return run_recipe(Stage2Config, options, _show_plan if options.dry_run else _train)
+    if options.dry_run:
+        return _show_plan(options.config, options.overrides)
+    return run_recipe(Stage2Config, options, _train)
 
 
 def _train(cfg: Stage2Config) -> Any:
@@ -32,11 +36,19 @@ def _train(cfg: Stage2Config) -> Any:
     return train(cfg)
 
 
-def _show_plan(cfg: Stage2Config) -> Any:
+def _show_plan(config: Path, overrides: list[str]) -> int:
+    """Print the plan for as many devices as the launcher started processes, once; nothing has to be here yet."""
     from llmga.stage2.plan import make_plan, plan_text
 
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") != "0":
+        return EXIT_OK
+    try:
+        cfg = load_config(Stage2Config, config, overrides, check_machine=False)
         print(plan_text(make_plan(cfg, devices=int(os.environ.get("WORLD_SIZE", "1")))), end="")
+    except ValueError as error:
+        if not type(error).__module__.startswith("llmga."):
+            raise
+        return tell(sentence_of(error), EXIT_BAD_INPUT)
     return EXIT_OK
 
 

@@ -171,10 +171,14 @@ def _encode(
 def _write_facts(cfg: Stage2Config, anew: bool) -> None:
     assert cfg.cache.path is not None
     path = cfg.cache.path / "cache.json"
-    if path.is_file() and not anew:
-        check_facts(cfg)
-        return
     if path.is_file():
+        try:
+            check_facts(cfg)
+        except CacheError:
+            if not anew:
+                raise
+        else:
+            return  # made, perhaps a moment ago by a process beside this one, with these settings
         for shard in cfg.cache.path.glob("source-*/shard-*"):
             shard.unlink(missing_ok=True)
     atomic_write(path, json.dumps(cache_facts(cfg), indent=1))

@@ -126,6 +126,19 @@ def test_cached_inpainting_opens_pictures_only_for_masks_that_keep_something(tmp
     assert losses(fast) == pytest.approx(losses(plain), abs=1e-5)
 
 
+def test_other_settings_are_refused_and_made_anew_on_request(settings: Path, tmp_path: Path) -> None:
+    overrides = (f"cache.path={tmp_path / 'cache'}", *SMALL, "data.sources.0.max_rows=4")
+    make_cache(load(settings, *overrides), Ranks())
+    other = load(settings, *overrides, "data.flip_share=0")
+    with pytest.raises(CacheError, match="was made with mirrored True, this run has False"):
+        make_cache(other, Ranks())
+    make_cache(other, Ranks(), anew=True)
+    made = shards(tmp_path / "cache")[0].stat().st_mtime_ns
+    make_cache(other, Ranks(), anew=True)  # as a process that starts a moment later
+    assert shards(tmp_path / "cache")[0].stat().st_mtime_ns == made
+    opened(other)
+
+
 def _killed_at_the_third_shard(settings: Path, overrides: tuple[str, ...]) -> None:
     from llmga.stage2 import make_cache as module
 
