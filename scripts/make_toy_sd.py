@@ -3,8 +3,10 @@
 It stands where SD1.5 stands in the paper: trained on captions that fit CLIP's window, from brief to about 70 tokens, it
 knows every word and how words bind to places, and has never seen a second window.
 
-    python scripts/make_toy_sd.py                       # all steps, in runs/toy_sd, then shipped into the package
+    python scripts/make_toy_sd.py                       # all steps, in runs/toy_sd
     python scripts/make_toy_sd.py --stop-after unet     # autoencoder, text_encoder, unet, inpainting
+    python scripts/make_toy_sd.py --measure             # what the parser reads on the test split, to report.json
+    python scripts/make_toy_sd.py --ship llmga/toyworld/checkpoints/base    # pipelines sd and sd_inpainting, float16
 
 Each step is skipped when what it makes is there already; killed within one, the next call goes on where it was.
 """
@@ -12,7 +14,9 @@ Each step is skipped when what it makes is there already; killed within one, the
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +34,8 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/toy_sd"), help="folder of the steps")
     parser.add_argument("--stop-after", choices=STEPS)
+    parser.add_argument("--measure", action="store_true", help="measure what is there, on the test split")
+    parser.add_argument("--ship", type=Path, metavar="FOLDER", help="put the finished pipelines there")
     options = parser.parse_args(arguments)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     makers = {
@@ -42,6 +48,11 @@ def main(arguments: list[str]) -> None:
         make_step(options.work / name, make)
         if name == options.stop_after:
             break
+    if options.measure:
+        measure(options.work)
+    if options.ship is not None:
+        for name, unet in (("sd", "unet"), ("sd_inpainting", "inpainting")):
+            ship(options.work, options.ship / name, unet, shared=None if name == "sd" else options.ship / "sd")
 
 
 def make_step(folder: Path, make: Callable) -> None:
@@ -101,6 +112,56 @@ def frozen_parts(work: Path):
 
     autoencoder = AutoencoderKL.from_pretrained(work / "autoencoder").eval()
     return autoencoder, CLIPTextModel.from_pretrained(work / "text_encoder").eval()
+
+
+def measure(work: Path, num_scenes: int = 500) -> None:
+    """Write what is right on held-out scenes: reconstructions (the ceiling), and samples by kind of fact."""
+    from diffusers import UNet2DConditionModel
+
+    from llmga.files import atomic_write
+    from llmga.toyworld.autoencoder import parse_ceiling
+    from llmga.toyworld.scene import SPLITS, sample_scene
+    from llmga.toyworld.unet import read_samples
+
+    autoencoder, text_encoder = frozen_parts(work)
+    seeds = SPLITS["test"][:num_scenes]
+    report = {"scenes": num_scenes, "ceiling": parse_ceiling(autoencoder, [sample_scene(seed) for seed in seeds])}
+    for name in ("unet", "inpainting"):
+        if (work / name).is_dir():
+            unet = UNet2DConditionModel.from_pretrained(work / name).eval()
+            report[name] = read_samples(unet, text_encoder, autoencoder, seeds)
+    atomic_write(work / "report.json", json.dumps(report, indent=1) + "\n")
+    log(json.dumps(report, indent=1))
+
+
+def ship(work: Path, destination: Path, unet_name: str, shared: Path | None) -> None:
+    """Save a stock pipeline in float16; parts that equal those of `shared` become links to them."""
+    from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline, UNet2DConditionModel
+
+    from llmga.stage2.prompt_layout import prompt_layout, save_layout
+    from llmga.tokens import clip_tokenizer
+    from llmga.toyworld.unet import build_scheduler
+
+    autoencoder, text_encoder = frozen_parts(work)
+    kind = StableDiffusionPipeline if shared is None else StableDiffusionInpaintPipeline
+    pipeline = kind(
+        vae=autoencoder,
+        text_encoder=text_encoder,
+        tokenizer=clip_tokenizer(),
+        unet=UNet2DConditionModel.from_pretrained(work / unet_name),
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(dtype=torch.float16)
+    with write_folder_atomically(destination) as aside:
+        pipeline.save_pretrained(aside)
+        save_layout(aside, prompt_layout())
+        for part in ("vae", "text_encoder", "tokenizer") if shared is not None else ():
+            shutil.rmtree(aside / part)
+            (aside / part).symlink_to(os.path.relpath(shared / part, destination))
+    sizes = [file.stat().st_size for file in destination.rglob("*") if file.is_file() and not file.is_symlink()]
+    log(f"shipped {destination}: {sum(sizes) / 2**20:.1f} MiB, largest file {max(sizes) / 2**20:.1f} MiB")
 
 
 def log(line: str) -> None:

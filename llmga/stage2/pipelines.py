@@ -40,8 +40,8 @@ def load_pipeline(folder: Path, device: str | torch.device | None = None, dtype:
     if not (folder / "model_index.json").is_file():
         what = "has no model_index.json" if folder.is_dir() else "does not exist"
         raise PipelineError(f"{folder} {what}; expected the folder of a diffusers pipeline, as stage 2 saves it")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float16 if target.type == "cuda" else torch.float32)
     layout = load_layout(folder)
     try:
         pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
@@ -51,7 +51,7 @@ def load_pipeline(folder: Path, device: str | torch.device | None = None, dtype:
     if layout is not None:
         stamp_layout(pipeline.unet, layout)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    return pipeline.to(target)
 
 
 def pipeline_for(pipeline: Any, task: Task) -> Any:

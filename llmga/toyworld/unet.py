@@ -92,7 +92,7 @@ def build_unet(recipe: UnetRecipe, text_width: int) -> UNet2DConditionModel:
 
 def widen_for_inpainting(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """The same UNet with 9 input channels: noisy latents, mask, masked latents. At first it ignores the new ones."""
-    twin = UNet2DConditionModel.from_config({**unet.config, "in_channels": 9})
+    twin = UNet2DConditionModel.from_config(unet.config, in_channels=9)
     weights = unet.state_dict()
     narrow = weights["conv_in.weight"]
     weights["conv_in.weight"] = torch.cat([narrow, narrow.new_zeros(len(narrow), 5, *narrow.shape[2:])], dim=1)
