@@ -86,4 +86,7 @@ def _tell(message: str, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    from llmga.runtime import leave
+
+    leave(code)

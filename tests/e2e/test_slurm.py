@@ -1,7 +1,8 @@
 """The sbatch templates, run as Slurm would on two machines: told to make room, they save, requeue, go on and finish.
 
 Slurm's programs are played by the small script below: two machines are two loopback addresses, a job's signal goes to
-the processes of all tasks, and a requeue is noted down. What it plays is Slurm's manual; no Slurm runs here.
+the processes of all tasks, a task that fails takes the others down, and a requeue is noted down. What it plays is
+Slurm's manual; no Slurm runs here.
 Run: pytest tests/e2e/test_slurm.py
 """
 
@@ -26,22 +27,28 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 TEMPLATES = sorted((ROOT / "scripts" / "slurm").glob("*.sbatch"))
 SLURM = f"""#!{sys.executable}
-import os, pathlib, signal, subprocess, sys
+import os, pathlib, signal, subprocess, sys, time
 
 name, arguments, state = os.path.basename(sys.argv[0]), sys.argv[1:], pathlib.Path(os.environ["SHIM"])
 with open(state / "calls", "a") as calls:
     calls.write(" ".join([name, *arguments]) + "\\n")
 if name == "srun":
     (state / "caches").write_text(os.environ["LLMGA_CACHE_DIR"])
+    options = []
     while arguments[0].startswith("-"):
-        arguments.pop(0)
+        options.append(arguments.pop(0))
     tasks = []
     for number in range(2):
         task = dict(os.environ, SLURM_PROCID=str(number), SLURM_NODEID=str(number), SLURM_LOCALID="0")
         task.update(SLURM_STEP_NUM_TASKS="2", SLURM_STEP_NODELIST="127.0.0.[1-2]")
         tasks.append(subprocess.Popen(arguments, env=task, start_new_session=True))
         (state / f"task-{{tasks[-1].pid}}").touch()
-    codes = [task.wait() for task in tasks]
+    while None in (codes := [task.poll() for task in tasks]):
+        if any(codes) and "--kill-on-bad-exit=1" in options:
+            for task in tasks:
+                if task.poll() is None:
+                    os.killpg(task.pid, signal.SIGKILL)
+        time.sleep(0.05)
     for task in tasks:
         (state / f"task-{{task.pid}}").unlink()
     sys.exit(max(codes, key=abs) % 256)

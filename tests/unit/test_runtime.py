@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,6 +133,28 @@ def test_ranks_are_read_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.delenv(name)
     assert runtime.ranks_from_environment() == Ranks(5, 1, 8)
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("node1", "29500")
+
+
+@pytest.mark.parametrize("launched", [True, False], ids=["launched", "alone"])
+def test_leaving_runs_what_waits_for_the_end_and_tears_the_interpreter_down_only_alone(launched: bool) -> None:
+    script = """
+import atexit, sys, threading, time
+from llmga.runtime import leave
+
+class TornDown:
+    def __del__(self): print("torn down")
+
+sys.modules["kept"] = TornDown()  # goes when the interpreter clears its modules
+atexit.register(print, "tracker finished")
+threading.Thread(target=lambda: (time.sleep(0.2), print("page written"))).start()
+leave(130)
+"""
+    variables = {name: value for name, value in os.environ.items() if name != "RANK"} | (
+        {"RANK": "0"} if launched else {}
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=variables, stdout=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 130
+    assert done.stdout.split("\n")[:-1] == ["page written", "tracker finished", *([] if launched else ["torn down"])]
 
 
 def test_tasks_of_srun_need_no_meeting_place(monkeypatch: pytest.MonkeyPatch) -> None:
