@@ -94,7 +94,7 @@ def generate_replies(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             pictures = [picture for index in batch if (picture := prompts[index].picture) is not None]
-            own = [[seed, index] if seeds is None else seeds[index] for index in batch]
+            own = [[seed, index] if seeds is None else [seeds[index]] for index in batch]
             choose = _choice(own, max_new_tokens, temperature, top_p)
             written = _write(
                 mllm,

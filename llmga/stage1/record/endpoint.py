@@ -48,7 +48,7 @@ class EndpointEngine:
         """
         pool = ThreadPoolExecutor(self.endpoint.concurrency)
         try:
-            replies = list(pool.map(lambda pair: self._one(*pair, temperature), zip(prompts, seeds, strict=True)))
+            replies = list(pool.map(self._one, prompts, seeds, [temperature] * len(prompts)))
         finally:
             pool.shutdown(cancel_futures=True)  # one that cannot go on spares the server the rest
         refused = [reply for reply in replies if isinstance(reply, Exception)]
