@@ -321,7 +321,12 @@ class Sampler:
                 if (value := getattr(recipe, key)) is not None
             },
         )
-        asked: dict[str, Any] = {"prompts": recipe.prompt, "negatives": recipe.negative, "seed": recipe.seed, "settings": settings}
+        asked: dict[str, Any] = {
+            "prompts": recipe.prompt,
+            "negatives": recipe.negative,
+            "seed": recipe.seed,
+            "settings": settings,
+        }
         if recipe.task == "text_to_image":
             return self.text_to_image(**asked)[0]
         picture = recorded_file(recipe.picture, "picture")
