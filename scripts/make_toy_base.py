@@ -20,6 +20,7 @@ from llmga.config import load_config_or_exit
 CONFIG = Path("configs/stage1/toy_base.yaml")
 WORK = Path("runs/toy_base")
 LIST_ROWS = {"train": 40_000, "validation": 1_000}
+ANSWERS = {"brief": 0.08, "medium": 0.45, "questions": 0.4, "chat": 0.07}
 CORPUS_ROWS = {"train": 80_000, "validation": 4_000, "test": 4_000}
 VOCABULARY_SIZE = 1_536
 WORD_PATTERN = r" ?\b(?:[Tt]op|[Mm]iddle|[Bb]ottom) (?:left|middle|right)\b| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
@@ -29,17 +30,16 @@ SPECIAL_TOKENS = ("<pad>", "<s>", "<image>", "<|system|>", "<|user|>", "<|assist
 
 def main(overrides: list[str]) -> None:
     """Run the steps in order."""
-    from llmga.stage1.config import Stage1Config
     from llmga.toyworld.build import build_world
 
     build_world(WORK / "lists", splits=LIST_ROWS, seed=1, kind="base", weights={"medium": 1.0})
-    build_world(WORK / "data", splits=CORPUS_ROWS, seed=0, kind="base")
+    build_world(WORK / "answers", splits=CORPUS_ROWS, seed=0, kind="base", weights=ANSWERS)
+    build_world(WORK / "data", splits=CORPUS_ROWS, seed=2, kind="base")
     make_tower(WORK / "tower")
-    make_start(WORK / "start", WORK / "data", WORK / "tower")
+    make_start(WORK / "start", WORK / "answers", WORK / "tower")
     learn_to_look(WORK / "start", WORK / "looks", overrides)
-    from llmga.stage1.train import train
-
-    ship(train(load_config_or_exit(Stage1Config, CONFIG, overrides)), SHIPPED)
+    learn_to_answer(WORK / "looks/final", WORK / "knows", overrides)
+    ship(run(CONFIG, overrides), SHIPPED)
 
 
 def learn_to_look(start: Path, run_dir: Path, overrides: list[str]) -> None:
@@ -48,19 +48,38 @@ def learn_to_look(start: Path, run_dir: Path, overrides: list[str]) -> None:
     That the words for a place say where to look is a sudden insight, here within a thousand steps. In the whole corpus
     it takes several times as long, because most of the words there can be guessed.
     """
+    pairs = changes(start, WORK / "lists", run_dir, steps=2_500)
+    run(CONFIG, [*overrides, *pairs, "optim.lr=2e-3", "optim.schedule=constant"])
+
+
+def learn_to_answer(start: Path, run_dir: Path, overrides: list[str]) -> None:
+    """A second run, on captions, lists and all kinds of questions.
+
+    The last run then has many questions that lead from a description to a place: the other way round, and once more an
+    insight that wants much of one thing.
+    """
+    pairs = changes(start, WORK / "answers", run_dir, steps=3_000)
+    run(CONFIG, [*overrides, *pairs, "optim.lr=2e-3"])
+
+
+def changes(start: Path, corpus: Path, run_dir: Path, steps: int) -> list[str]:
+    """Overrides that make a recipe's config one of its earlier runs."""
+    pairs = {
+        "model.path": start,
+        "data.sources.0.path": corpus / "train.jsonl",
+        "data.validation.0.path": corpus / "validation.jsonl",
+        "run.output_dir": run_dir,
+        "run.max_steps": steps,
+    }
+    return [f"{key}={value}" for key, value in pairs.items()]
+
+
+def run(config: Path, overrides: list[str]) -> Path:
+    """Train, or go on with what is there; returns the finished model's folder."""
     from llmga.stage1.config import Stage1Config
     from llmga.stage1.train import train
 
-    changes = {
-        "model.path": start,
-        "data.sources.0.path": WORK / "lists/train.jsonl",
-        "data.validation.0.path": WORK / "lists/validation.jsonl",
-        "optim.schedule": "constant",
-        "run.output_dir": run_dir,
-        "run.max_steps": 2_500,
-    }
-    pairs = [f"{key}={value}" for key, value in changes.items()]
-    train(load_config_or_exit(Stage1Config, CONFIG, [*overrides, *pairs]))
+    return train(load_config_or_exit(Stage1Config, config, overrides))
 
 
 def make_tower(folder: Path) -> None:

@@ -16,20 +16,22 @@ from llmga.toyworld.scene import Scene, facts_to_list
 from llmga.toyworld.wording import pick
 
 CORPORA: dict[str, dict[str, float]] = {
-    "base": {"brief": 0.08, "medium": 0.45, "questions": 0.4, "chat": 0.07},
+    "base": {"brief": 0.06, "medium": 0.22, "find": 0.35, "questions": 0.25, "chat": 0.12},
     "stage1": {
-        "prompt_refinement": 0.2,
-        "similar_image": 0.2,
-        "inpainting": 0.16,  # half of the masks drawn for these are outpainting, too
-        "outpainting": 0.04,
-        "editing": 0.2,
+        "prompt_refinement": 0.15,
+        "similar_image": 0.15,
+        "inpainting": 0.12,  # half of the masks drawn for these are outpainting, too
+        "outpainting": 0.03,
+        "editing": 0.32,  # the hardest: to find what is meant, to change it, and to leave the rest alone
         "questions": 0.15,
-        "chat": 0.05,
+        "chat": 0.08,
     },
 }
 """Corpus -> part -> weight: what a base MLLM has seen (no long captions, nothing to draw), and what stage 1 trains."""
 
 MAX_QUESTIONS = 8
+FIND_KINDS = ("where", "at", "colour", "shape")
+"""Questions that lead from a description to a place or from a place to what is there."""
 BRIEF_REQUESTS = (
     "Describe the picture briefly.",
     "Give a short caption.",
@@ -62,7 +64,7 @@ def draw_record(part: str, id: str, split: str, image: str, scene: Scene, rng: n
         rng: draws everything else.
     Returns:
         a record whose `meta` holds `part`, and what scores need: `scene`, `edit`, `short_facts` (facts of the short
-        caption as `[kind, cell, value]`), `questions` (the kind of each).
+        caption as `[kind, cell, value]`), `questions` (the kind of each; none for lists and captions).
     """
     task, draw = PARTS[part]
     fields, meta = draw(scene, rng)
@@ -88,6 +90,10 @@ def _questions(scene: Scene, rng: np.random.Generator) -> _Drawn:
     return _conversation(sample_questions(scene, rng, int(rng.integers(1, MAX_QUESTIONS + 1))))
 
 
+def _find(scene: Scene, rng: np.random.Generator) -> _Drawn:
+    return _conversation(sample_questions(scene, rng, int(rng.integers(1, MAX_QUESTIONS + 1)), FIND_KINDS))
+
+
 def _chat(scene: Scene, rng: np.random.Generator) -> _Drawn:
     return _conversation([sample_chat(rng) for _ in range(rng.integers(1, 3))])
 
@@ -104,7 +110,8 @@ def _captioned(scene: Scene, rng: np.random.Generator) -> _Drawn:
 
 def _editing(scene: Scene, rng: np.random.Generator) -> _Drawn:
     edit = sample_edit(scene, rng)
-    captions = {"caption": describe(scene, rng).text, "target_caption": describe(edit.target, rng).text}
+    changed = {cell for _, cell in edit.requested}
+    captions = {"caption": describe(scene, rng).text, "target_caption": describe(edit.target, rng, first=changed).text}
     return {**captions, "instruction": edit.instruction}, {"edit": edit.to_dict()}
 
 
@@ -122,6 +129,7 @@ PARTS: dict[str, tuple[str, Callable[[Scene, np.random.Generator], _Drawn]]] = {
     "brief": ("vqa", _brief),
     "medium": ("vqa", _medium),
     "questions": ("vqa", _questions),
+    "find": ("vqa", _find),
     "chat": ("qa", _chat),
     "prompt_refinement": ("prompt_refinement", _refinement),
     "similar_image": ("similar_image", _captioned),
