@@ -24,19 +24,16 @@ def main(overrides: list[str]) -> None:
     """Run the steps in order."""
     from llmga.toyworld.build import build_world
 
-    build_world(WORK / "edits", splits=ROWS, seed=3, kind="stage1", weights={"editing": 1.0})
+    build_world(WORK / "editing/data", splits=ROWS, seed=3, kind="stage1", weights={"editing": 1.0})
     build_world(WORK / "data", splits=ROWS, seed=1, kind="stage1")
-    learn_to_edit(BASE, WORK / "edits_run", overrides)
+    learn_to_edit(BASE, WORK / "editing", overrides)
     ship(run(CONFIG, overrides), SHIPPED, BASE)
 
 
-def learn_to_edit(start: Path, run_dir: Path, overrides: list[str]) -> None:
-    """A first run on edits alone, the hardest task: what is meant, what becomes of it, and all else as it was.
-
-    Each kind of edit is an insight of its own, and among all other tasks they take several times as long.
-    """
-    pairs = changes(start, WORK / "edits", run_dir, steps=3_500)
-    run(CONFIG, [*overrides, *pairs, "optim.lr=1e-3", "optim.schedule=constant"])
+def learn_to_edit(start: Path, folder: Path, overrides: list[str]) -> None:
+    """A first run on edits alone, the hardest task: what is meant, what becomes of it, and all else as it was."""
+    pairs = changes(start, folder)
+    run(CONFIG, [*overrides, *pairs, "run.max_steps=2000", "optim.lr=1e-3", "optim.schedule=constant"])
 
 
 if __name__ == "__main__":

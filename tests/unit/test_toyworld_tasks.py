@@ -318,3 +318,25 @@ def test_finding_leads_from_descriptions_to_places_and_back() -> None:
         asked.update(record.meta["questions"])
     assert set(asked) == {"where", "at", "colour", "shape"}
     assert asked["where"] > 0.08 * asked.total()
+
+
+def test_imagining_asks_for_every_changed_place_and_answers_from_the_edited_scene() -> None:
+    asked: Counter[str] = Counter()
+    for seed in range(300):
+        scene = sample_scene(seed)
+        record = draw_record("imagine", "x", "train", "x.png", scene, np.random.default_rng(seed))
+        edit, turns = Edit.from_dict(record.meta["edit"]), record.messages
+        assert edit.instruction.rstrip(".").lower() in turns[0]["content"].lower()
+        places, told = PLACES[scene.geometry.grid], {}
+        for question, answer in zip(turns[::2], turns[1::2], strict=True):
+            behind = question["content"][-40:]
+            cells = [cell for cell, place in enumerate(places) if place in behind]
+            if cells and "background" not in behind:
+                told[max(cells, key=lambda cell: behind.rindex(places[cell]))] = answer["content"]
+            else:
+                assert answer["content"] == f"{edit.target.background.capitalize()}."
+        assert {cell for _, cell in edit.requested} - {None} <= set(told)
+        for cell, answer in told.items():
+            assert answer == questions.as_sentence(questions.name_object(edit.target.object_at(cell)))
+        asked[edit.kind] += 1
+    assert set(asked) == set(edits.KINDS)
