@@ -14,13 +14,45 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from llmga.config import load_config_or_exit
 
 CONFIG = Path("configs/stage1/toy_base.yaml")
 WORK = Path("runs/toy_base")
-LIST_ROWS = {"train": 40_000, "validation": 1_000}
 CORPUS_ROWS = {"train": 80_000, "validation": 4_000, "test": 4_000}
+
+
+class Lesson(NamedTuple):
+    """A run before the last one: what its rows are made of, how many it has, and how it is trained."""
+
+    name: str
+    parts: dict[str, float]
+    rows: int
+    overrides: tuple[str, ...]
+
+
+LESSONS = (
+    Lesson("looking", {"medium": 1.0}, 40_000, ("run.max_steps=2500", "optim.lr=2e-3", "optim.schedule=constant")),
+    Lesson(
+        "answering",
+        {"brief": 0.08, "medium": 0.45, "questions": 0.4, "chat": 0.07},
+        80_000,
+        ("run.max_steps=3000", "optim.lr=2e-3"),
+    ),
+    Lesson("finding", {"find": 1.0}, 16_000, ("run.max_steps=1500", "optim.lr=1e-3", "optim.schedule=constant")),
+    Lesson(
+        "repeating",
+        {"brief": 0.06, "medium": 0.22, "find": 0.35, "questions": 0.25, "chat": 0.12},
+        80_000,
+        ("run.max_steps=1500",),
+    ),
+    Lesson("imagining", {"imagine": 1.0}, 32_000, ("run.max_steps=4500", "optim.schedule=constant")),
+)
+"""What a small model grasps all of a sudden it grasps within a thousand steps where every other word asks for it, and
+not at all within several thousand where the same is asked now and then. So the world is taught piece by piece: where to
+look for a place, to answer, to look the other way round (from a description to its place), and, once the former is back
+in mind, what a change leads to. The last run, whose settings are `CONFIG`, has some of everything."""
 VOCABULARY_SIZE = 1_536
 WORD_PATTERN = r" ?\b(?:[Tt]op|[Mm]iddle|[Bb]ottom) (?:left|middle|right)\b| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
 SHIPPED = Path("llmga/toyworld/checkpoints/base/mllm")
@@ -29,38 +61,37 @@ SPECIAL_TOKENS = ("<pad>", "<s>", "<image>", "<|system|>", "<|user|>", "<|assist
 
 def main(overrides: list[str]) -> None:
     """Run the steps in order."""
-    from llmga.stage1.config import Stage1Config
     from llmga.toyworld.build import build_world
 
-    build_world(WORK / "lists", splits=LIST_ROWS, seed=1, kind="base", weights={"medium": 1.0})
-    build_world(WORK / "data", splits=CORPUS_ROWS, seed=0, kind="base")
+    for number, lesson in enumerate(LESSONS):
+        splits = {"train": lesson.rows, "validation": 1_000}
+        build_world(WORK / lesson.name / "data", splits=splits, seed=number, kind="base", weights=lesson.parts)
+    build_world(WORK / "data", splits=CORPUS_ROWS, seed=len(LESSONS), kind="base")
     make_tower(WORK / "tower")
-    make_start(WORK / "start", WORK / "data", WORK / "tower")
-    learn_to_look(WORK / "start", WORK / "looks", overrides)
-    from llmga.stage1.train import train
+    make_start(WORK / "start", WORK / "answering/data", WORK / "tower")
+    model = WORK / "start"
+    for lesson in LESSONS:
+        model = run(CONFIG, [*overrides, *changes(model, WORK / lesson.name), *lesson.overrides])
+    ship(run(CONFIG, overrides), SHIPPED)
 
-    ship(train(load_config_or_exit(Stage1Config, CONFIG, overrides)), SHIPPED)
+
+def changes(start: Path, folder: Path) -> list[str]:
+    """Overrides that make a recipe's config a lesson, whose data and run lie in a folder of its own."""
+    pairs = {
+        "model.path": start,
+        "data.sources.0.path": folder / "data/train.jsonl",
+        "data.validation.0.path": folder / "data/validation.jsonl",
+        "run.output_dir": folder / "run",
+    }
+    return [f"{key}={value}" for key, value in pairs.items()]
 
 
-def learn_to_look(start: Path, run_dir: Path, overrides: list[str]) -> None:
-    """A first run on lists of shapes alone, which hold a look at the picture in every other word.
-
-    That the words for a place say where to look is a sudden insight, here within a thousand steps. In the whole corpus
-    it takes several times as long, because most of the words there can be guessed.
-    """
+def run(config: Path, overrides: list[str]) -> Path:
+    """Train, or go on with what is there; returns the finished model's folder."""
     from llmga.stage1.config import Stage1Config
     from llmga.stage1.train import train
 
-    changes = {
-        "model.path": start,
-        "data.sources.0.path": WORK / "lists/train.jsonl",
-        "data.validation.0.path": WORK / "lists/validation.jsonl",
-        "optim.schedule": "constant",
-        "run.output_dir": run_dir,
-        "run.max_steps": 2_500,
-    }
-    pairs = [f"{key}={value}" for key, value in changes.items()]
-    train(load_config_or_exit(Stage1Config, CONFIG, [*overrides, *pairs]))
+    return train(load_config_or_exit(Stage1Config, config, overrides))
 
 
 def make_tower(folder: Path) -> None:
@@ -125,7 +156,8 @@ def make_start(folder: Path, corpus: Path, tower_folder: Path) -> None:
 def train_tokenizer(corpus: Path):
     """Byte-level BPE on the world's texts: nearly every word of the world is one token, every other text is bytes.
 
-    The name of a place is kept together and becomes one token, so that looking there takes no joining of words first.
+    The name of a place is kept together and becomes one token where the corpus has it often (all four of the learnable
+    world do), so that looking there takes no joining of words first.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

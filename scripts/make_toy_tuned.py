@@ -12,25 +12,28 @@ import sys
 from pathlib import Path
 
 from make_toy_base import SHIPPED as BASE
-from make_toy_base import ship
+from make_toy_base import changes, run, ship
 
-from llmga.config import load_config_or_exit
-
-CORPUS = Path("runs/toy_tuned/data")
-CORPUS_ROWS = {"train": 80_000, "validation": 1_000}
+CONFIG = Path("configs/stage1/toy_tuned.yaml")
+WORK = Path("runs/toy_tuned")
+ROWS = {"train": 60_000, "validation": 1_000}
 SHIPPED = Path("llmga/toyworld/checkpoints/tuned/mllm")
 
 
 def main(overrides: list[str]) -> None:
     """Run the steps in order."""
-    from llmga.stage1.config import Stage1Config
     from llmga.toyworld.build import build_world
 
-    build_world(CORPUS, splits=CORPUS_ROWS, seed=1, kind="stage1")
-    config = load_config_or_exit(Stage1Config, Path("configs/stage1/toy_tuned.yaml"), overrides)
-    from llmga.stage1.train import train
+    build_world(WORK / "editing/data", splits=ROWS, seed=3, kind="stage1", weights={"editing": 1.0})
+    build_world(WORK / "data", splits=ROWS, seed=1, kind="stage1")
+    learn_to_edit(BASE, WORK / "editing", overrides)
+    ship(run(CONFIG, overrides), SHIPPED, BASE)
 
-    ship(train(config), SHIPPED, BASE)
+
+def learn_to_edit(start: Path, folder: Path, overrides: list[str]) -> None:
+    """A first run on edits alone, the hardest task: what is meant, what becomes of it, and all else as it was."""
+    pairs = changes(start, folder)
+    run(CONFIG, [*overrides, *pairs, "run.max_steps=2000", "optim.lr=1e-3", "optim.schedule=constant"])
 
 
 if __name__ == "__main__":

@@ -11,25 +11,41 @@ from llmga.records import Message, Record
 from llmga.toyworld.chat import sample_chat
 from llmga.toyworld.describe import describe
 from llmga.toyworld.edits import sample_edit
-from llmga.toyworld.questions import Question, sample_questions
+from llmga.toyworld.questions import Question, as_sentence, name_object, sample_questions
 from llmga.toyworld.scene import Scene, facts_to_list
-from llmga.toyworld.wording import pick
+from llmga.toyworld.wording import PLACES, pick
 
 CORPORA: dict[str, dict[str, float]] = {
-    "base": {"brief": 0.08, "medium": 0.45, "questions": 0.4, "chat": 0.07},
+    "base": {"brief": 0.06, "medium": 0.18, "find": 0.22, "imagine": 0.22, "questions": 0.22, "chat": 0.1},
     "stage1": {
-        "prompt_refinement": 0.2,
-        "similar_image": 0.2,
-        "inpainting": 0.16,  # half of the masks drawn for these are outpainting, too
-        "outpainting": 0.04,
-        "editing": 0.2,
+        "prompt_refinement": 0.15,
+        "similar_image": 0.15,
+        "inpainting": 0.12,  # half of the masks drawn for these are outpainting, too
+        "outpainting": 0.03,
+        "editing": 0.32,  # the hardest: to find what is meant, to change it, and to leave the rest alone
         "questions": 0.15,
-        "chat": 0.05,
+        "chat": 0.08,
     },
 }
 """Corpus -> part -> weight: what a base MLLM has seen (no long captions, nothing to draw), and what stage 1 trains."""
 
 MAX_QUESTIONS = 8
+FIND_KINDS = ("where", "at", "colour", "shape")
+"""Questions that lead from a description to a place or from a place to what is there."""
+IMAGINE_REQUESTS = (
+    "{instruction} What is in the {place} then?",
+    "Imagine this change: {instruction} What would the {place} hold?",
+    "{instruction} Tell me what the {place} holds after that.",
+    "Do not draw it. {instruction} What would you see in the {place}?",
+)
+BACKGROUND_THEN = ("What is the background then?", "What colour would the background have?")
+IMAGINE_MORE = (
+    "And in the {place}?",
+    "What would the {place} hold?",
+    "And the {place}?",
+    "What is in the {place} then?",
+)
+"""What an edit would lead to, asked place by place."""
 BRIEF_REQUESTS = (
     "Describe the picture briefly.",
     "Give a short caption.",
@@ -62,7 +78,7 @@ def draw_record(part: str, id: str, split: str, image: str, scene: Scene, rng: n
         rng: draws everything else.
     Returns:
         a record whose `meta` holds `part`, and what scores need: `scene`, `edit`, `short_facts` (facts of the short
-        caption as `[kind, cell, value]`), `questions` (the kind of each).
+        caption as `[kind, cell, value]`), `questions` (the kind of each; none for lists and captions).
     """
     task, draw = PARTS[part]
     fields, meta = draw(scene, rng)
@@ -88,6 +104,32 @@ def _questions(scene: Scene, rng: np.random.Generator) -> _Drawn:
     return _conversation(sample_questions(scene, rng, int(rng.integers(1, MAX_QUESTIONS + 1))))
 
 
+def _imagine(scene: Scene, rng: np.random.Generator) -> _Drawn:
+    edit = sample_edit(scene, rng)
+    changed = sorted({cell for _, cell in edit.requested if cell is not None})
+    others = [cell for cell in range(scene.geometry.grid**2) if cell not in changed]
+    rng.shuffle(changed)
+    cells = [*changed, *rng.permutation(others)[: int(rng.integers(3))]]
+    if rng.random() < 0.5:
+        rng.shuffle(cells)
+    turns: list[tuple[str, str]] = []
+    if not changed:
+        turns.append((f"{_closed(edit.instruction)} {pick(rng, BACKGROUND_THEN)}", as_sentence(edit.target.background)))
+    for cell in cells:
+        pattern = pick(rng, IMAGINE_MORE if turns else IMAGINE_REQUESTS)
+        question = pattern.format(instruction=_closed(edit.instruction), place=PLACES[scene.geometry.grid][cell])
+        turns.append((question, as_sentence(name_object(edit.target.object_at(cell)))))
+    return {"messages": _turns(turns)}, {"edit": edit.to_dict()}
+
+
+def _closed(instruction: str) -> str:
+    return f"{instruction[0].upper()}{instruction[1:].rstrip('.')}."
+
+
+def _find(scene: Scene, rng: np.random.Generator) -> _Drawn:
+    return _conversation(sample_questions(scene, rng, int(rng.integers(1, MAX_QUESTIONS + 1)), FIND_KINDS))
+
+
 def _chat(scene: Scene, rng: np.random.Generator) -> _Drawn:
     return _conversation([sample_chat(rng) for _ in range(rng.integers(1, 3))])
 
@@ -104,7 +146,8 @@ def _captioned(scene: Scene, rng: np.random.Generator) -> _Drawn:
 
 def _editing(scene: Scene, rng: np.random.Generator) -> _Drawn:
     edit = sample_edit(scene, rng)
-    captions = {"caption": describe(scene, rng).text, "target_caption": describe(edit.target, rng).text}
+    changed = {cell for _, cell in edit.requested}
+    captions = {"caption": describe(scene, rng).text, "target_caption": describe(edit.target, rng, first=changed).text}
     return {**captions, "instruction": edit.instruction}, {"edit": edit.to_dict()}
 
 
@@ -122,6 +165,8 @@ PARTS: dict[str, tuple[str, Callable[[Scene, np.random.Generator], _Drawn]]] = {
     "brief": ("vqa", _brief),
     "medium": ("vqa", _medium),
     "questions": ("vqa", _questions),
+    "find": ("vqa", _find),
+    "imagine": ("vqa", _imagine),
     "chat": ("qa", _chat),
     "prompt_refinement": ("prompt_refinement", _refinement),
     "similar_image": ("similar_image", _captioned),

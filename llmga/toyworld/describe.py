@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -41,7 +41,9 @@ class Caption:
         return tuple(clip_positions(self.text, [(fact.start, fact.end) for fact in self.facts]))
 
 
-def describe(scene: Scene, rng: np.random.Generator, style: Style = "long") -> Caption:
+def describe(
+    scene: Scene, rng: np.random.Generator, style: Style = "long", first: Collection[int | None] = ()
+) -> Caption:
     """Say what a scene shows.
 
     Args:
@@ -50,11 +52,13 @@ def describe(scene: Scene, rng: np.random.Generator, style: Style = "long") -> C
         style: `long` says every fact, a sentence each object, in shuffled order, 77 to 190 CLIP tokens in the
             learnable world; `brief` says background, count and one object's colour and shape; `medium` says some or all
             facts shortly and in any order, within CLIP's window where the scene is not crowded.
+        first: cells whose objects a long caption tells before all others, None for the background; a caption that was
+            asked for a change names it first.
     Raises:
         ValueError: the style is unknown.
     """
     if style == "long":
-        return _long(scene, rng)
+        return _long(scene, rng, first)
     if style == "brief":
         return _brief(scene, rng)
     if style == "medium":
@@ -65,10 +69,11 @@ def describe(scene: Scene, rng: np.random.Generator, style: Style = "long") -> C
 _Piece = tuple[str, list[Fact]]
 
 
-def _long(scene: Scene, rng: np.random.Generator) -> Caption:
+def _long(scene: Scene, rng: np.random.Generator, first: Collection[int | None]) -> Caption:
     middle = [_object(rng, wording.OBJECTS, scene, obj) for obj in scene.objects]
     middle.append(_ground(rng, wording.GROUNDS, scene))
     rng.shuffle(middle)
+    middle.sort(key=lambda piece: piece[1][0].cell not in first)
     closing: _Piece = (pick(rng, wording.CLOSINGS), [])
     return _join([_count(rng, wording.OPENINGS, scene), *middle, closing])
 

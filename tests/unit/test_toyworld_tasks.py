@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from llmga.tokens import TAG_LITERALS
 from llmga.toyworld import chat, edits, questions
+from llmga.toyworld.corpus import draw_record
 from llmga.toyworld.edits import NOTHING, Edit, all_facts, describe_apart, holds, sample_edit
 from llmga.toyworld.grammar import parse_caption
 from llmga.toyworld.questions import Question, sample_questions
@@ -292,3 +293,50 @@ def test_reading_needs_the_text() -> None:
 def test_an_unknown_kind_of_small_talk_is_refused() -> None:
     with pytest.raises(ValueError, match="chat kind 'politics' is unknown; expected one of small_talk, inventory"):
         chat.sample_chat(np.random.default_rng(0), "politics")
+
+
+def test_the_caption_of_an_edited_scene_tells_the_change_first() -> None:
+    """Right behind the opening; what a removal leaves has nothing to tell."""
+    told: Counter[str] = Counter()
+    for seed in range(200):
+        scene = sample_scene(seed)
+        record = draw_record("editing", "x", "train", "x.png", scene, np.random.default_rng(seed))
+        edit = Edit.from_dict(record.meta["edit"])
+        second = parse_caption(record.target_caption.split(". ")[1] + ".")
+        said = {("shape", cell) for cell in second.objects} or {("background", None)}
+        wanted = {("shape", cell) if cell is not None else (kind, None) for kind, cell in edit.requested}
+        wanted -= {key for key, value in edit.requested.items() if value == NOTHING}
+        told[edit.kind] += 1
+        assert said <= wanted or edit.kind == "remove", (edit.instruction, record.target_caption)
+    assert set(told) == set(edits.KINDS)
+
+
+def test_finding_leads_from_descriptions_to_places_and_back() -> None:
+    asked: Counter[str] = Counter()
+    for seed in range(300):
+        record = draw_record("find", "x", "train", "x.png", sample_scene(seed), np.random.default_rng(seed))
+        asked.update(record.meta["questions"])
+    assert set(asked) == {"where", "at", "colour", "shape"}
+    assert asked["where"] > 0.08 * asked.total()
+
+
+def test_imagining_asks_for_every_changed_place_and_answers_from_the_edited_scene() -> None:
+    asked: Counter[str] = Counter()
+    for seed in range(300):
+        scene = sample_scene(seed)
+        record = draw_record("imagine", "x", "train", "x.png", scene, np.random.default_rng(seed))
+        edit, turns = Edit.from_dict(record.meta["edit"]), record.messages
+        assert edit.instruction.rstrip(".").lower() in turns[0]["content"].lower()
+        places, told = PLACES[scene.geometry.grid], {}
+        for question, answer in zip(turns[::2], turns[1::2], strict=True):
+            behind = question["content"][-40:]
+            cells = [cell for cell, place in enumerate(places) if place in behind]
+            if cells and "background" not in behind:
+                told[max(cells, key=lambda cell: behind.rindex(places[cell]))] = answer["content"]
+            else:
+                assert answer["content"] == f"{edit.target.background.capitalize()}."
+        assert {cell for _, cell in edit.requested} - {None} <= set(told)
+        for cell, answer in told.items():
+            assert answer == questions.as_sentence(questions.name_object(edit.target.object_at(cell)))
+        asked[edit.kind] += 1
+    assert set(asked) == set(edits.KINDS)
