@@ -145,6 +145,18 @@ def zero3_is_on() -> bool:
 
 
 @contextmanager
+def whole(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+    """Let every rank see all of some parameters, which ZeRO-3 spreads over the ranks; all ranks must ask together."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(parameters)):
+        yield
+
+
+@contextmanager
 def without_zero3() -> Iterator[None]:
     """Let one rank build, save and load whole models while a ZeRO-3 run is alive.
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 
 _LIST = re.compile(r"[^,\[]*(?:\[[^\]]*\][^,\[]*)*")  # commas inside brackets do not end an entry
-_FIRST_PORT, _PORTS = 20_000, 20_000  # below the range from which Linux gives ports to anybody
+_FIRST_PORT, _PORTS = 20_000, 12_000  # below 32768, from where on Linux gives ports to anybody
 
 
 def expand_hosts(node_list: str) -> list[str]:

@@ -151,15 +151,25 @@ class CompleteCheckpoints(TrainerCallback):
         count: how many to keep.
         processor: saved beside the weights, so that a checkpoint can be tried out like a finished model.
         facts: what the marker says beside the files, for the run that resumes.
+        prove: raises where what was saved is not what is in memory; all ranks call it together.
     """
 
-    def __init__(self, run_dir: Path, count: int, processor: Any, facts: Callable[[], dict[str, Any]]) -> None:
-        self.run_dir, self.count, self.processor, self.facts = run_dir, count, processor, facts
+    def __init__(
+        self,
+        run_dir: Path,
+        count: int,
+        processor: Any,
+        facts: Callable[[], dict[str, Any]],
+        prove: Callable[[Path], None],
+    ) -> None:
+        self.run_dir, self.count, self.processor, self.facts, self.prove = run_dir, count, processor, facts, prove
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         facts = self.facts()
         barrier()
-        on_main(lambda: self._mark(checkpoint_path(self.run_dir, state.global_step), facts))
+        folder = checkpoint_path(self.run_dir, state.global_step)
+        self.prove(folder)
+        on_main(lambda: self._mark(folder, facts))
 
     def _mark(self, folder: Path, facts: dict[str, Any]) -> None:
         self.processor.save_pretrained(folder)

@@ -6,6 +6,7 @@ tower's as well. Tags that are tokens of their own have their rows trained and s
 
 import json
 import logging
+import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from llmga.checkpoint import write_folder_atomically
-from llmga.runtime import without_zero3
+from llmga.files import atomic_write
+from llmga.runtime import on_main, whole, without_zero3
 from llmga.stage1 import config as settings
 from llmga.stage1.conversation import Turn, encode_prompt
 from llmga.stage1.model import Mllm, ModelError, learn_in_float32, load_mllm, load_processor, read_config, save_mllm
@@ -72,7 +74,7 @@ def add_adapter(mllm: Mllm, lora: settings.LoraConfig, base: Path) -> PeftModel:
     mllm.model.requires_grad_(False)
     # No task type: its wrapper would call the model's `forward` past the hooks that stand at its door.
     model = PeftModel(mllm.model, config)
-    config.base_model_name_or_path = str(base.resolve())
+    config.base_model_name_or_path = str(base)
     learn_in_float32(model)
     return model
 
@@ -89,14 +91,14 @@ def save_adapter(
         FileExistsError: the folder holds something.
     """
     plain = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state_dict.items()}
-    given = get_peft_model_state_dict(model, state_dict=plain, save_embedding_layers=False)
-    given = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in given.items()}
+    given = _adapter_weights(model, plain)
     config = model.peft_config["default"]
     with without_zero3(), write_folder_atomically(folder) as temporary:
         save_file(given, temporary / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         trained, config.inference_mode = config.inference_mode, True
         config.save_pretrained(temporary)
         config.inference_mode = trained
+        _name_neighbour(temporary)
         mllm.processor.save_pretrained(temporary)
         size, mode = mllm.picture_shape
         facts = {
@@ -107,16 +109,56 @@ def save_adapter(
         }
         text = json.dumps(facts, indent=2, ensure_ascii=False, default=str)
         (temporary / "provenance.json").write_text(text + "\n", encoding="utf-8")
-        _, reloaded = _load_unmerged(temporary, None, None, next(iter(given.values())).dtype, None)
-        found = get_peft_model_state_dict(reloaded, save_embedding_layers=False)
-        for name in found.keys() | given.keys():
-            if (
-                name not in given
-                or name not in found
-                or not torch.equal(found[name].to(given[name].dtype), given[name])
-            ):
-                raise ModelError(f"{temporary}: {name} read back differs from what was saved (or is not finite)")
+        _check_same(temporary, load_file(temporary / ADAPTER_WEIGHTS), given)
+        _, reloaded = _load_unmerged(temporary, None, None, _frozen_dtype(model), None)
+        _check_same(temporary, _adapter_weights(reloaded), given)
     return folder
+
+
+def complete_adapter(folder: Path, model: PeftModel) -> None:
+    """Make a checkpoint that peft wrote an adapter like ours, and compare it with the one in memory, bit for bit.
+
+    All ranks call together: under ZeRO-3 each gives its part.
+
+    Raises:
+        ModelError: on rank 0, they differ.
+        RunFailed: on the others.
+    """
+    with whole([parameter for parameter in model.parameters() if parameter.requires_grad]):
+        on_main(lambda: _check_same(folder, load_file(folder / ADAPTER_WEIGHTS), _adapter_weights(model)))
+    on_main(lambda: _name_neighbour(folder))
+
+
+def _name_neighbour(folder: Path) -> None:
+    """Let an adapter name its base from its own folder where both lie in one run folder, so that this may be moved.
+
+    Only on disk: peft looks for the base's config from the working folder.
+    """
+    file = folder / ADAPTER_CONFIG
+    config = json.loads(file.read_text(encoding="utf-8"))
+    base = Path(config["base_model_name_or_path"]).resolve()
+    if base.is_relative_to(folder.parent.resolve()):
+        config["base_model_name_or_path"] = os.path.relpath(base, folder.resolve())
+        atomic_write(file, json.dumps(config, indent=2, sort_keys=True))
+
+
+def _adapter_weights(model: PeftModel, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Copies of what an adapter's file holds, under its names."""
+    weights = get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in weights.items()}
+
+
+def _check_same(folder: Path, found: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Compare in the precision of `found`: a base of 16 bits takes a projector of 32 at its own."""
+    for name in found.keys() | given.keys():
+        if name in given and name in found and torch.equal(found[name], given[name].to(found[name].dtype)):
+            continue
+        raise ModelError(f"{folder}: {name} read back differs from what was saved (or is not finite)")
+
+
+def _frozen_dtype(model: nn.Module) -> torch.dtype:
+    """Of the weights that adapters stand on; 4-bit ones are loaded in the dtype of what is left whole."""
+    return next(p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
 
 
 def is_adapter(folder: Path) -> bool:
@@ -175,13 +217,19 @@ def merge_adapter(adapter: Path, folder: Path, base: Path | None = None, dtype: 
 
 
 def _base_of(folder: Path, base: Path | None) -> Path:
+    """Where the base is: as given; or as the adapter names it, from its folder, from here, or from a folder above it.
+
+    So the two are found when they were moved together, with the run folder or with all that a relative path names.
+    """
     named = Path(PeftConfig.from_pretrained(folder).base_model_name_or_path) if base is None else base
-    if not (named / "config.json").is_file():
-        raise ModelError(
-            f"{folder}/{ADAPTER_CONFIG}: the adapter was trained on {named}, and no model is there; "
-            "put it back, or name its new place (--base)"
-        )
-    return named
+    places = [named] if base is not None else [folder / named, named, *(up / named for up in folder.resolve().parents)]
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    raise ModelError(
+        f"{folder}/{ADAPTER_CONFIG}: the adapter was trained on {named}, and no model is there; "
+        "put it back, or name its new place (--base)"
+    )
 
 
 def _load_unmerged(

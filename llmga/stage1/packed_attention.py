@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 PACKED_SDPA = "packed_sdpa"
 SEPARATING_ATTENTION = (PACKED_SDPA, "flash_attention_2")  # those that read cu_seq_lens_q
+_bounds_of_batches = WeakTensorKeyDictionary()  # reading them from a GPU waits for all that is under way: not per layer
 
 
 class PackingError(RuntimeError):
@@ -68,7 +70,7 @@ def packed_sdpa(
     length, num_keys = query.shape[2], key.shape[2]
     if cu_seq_lens_q is None and (attention_mask is not None or length != num_keys):  # padded, or generating
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    bounds = [0, length] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
+    bounds = [0, length] if cu_seq_lens_q is None else _bounds(cu_seq_lens_q)
     refuse(attention_mask is not None, "a packed row came with an attention mask: conversations would be mixed")
     whole = bounds[0] == 0 and bounds[-1] == length == num_keys
     refuse(not whole, f"segments end at {bounds[-1]}, the row at {num_keys}")
@@ -89,6 +91,14 @@ def no_mask_where_none_is_needed(
     if attention_mask is None and q_length == kv_length:
         return None
     return sdpa_mask(batch_size, q_length, kv_length, *args, attention_mask=attention_mask, **kwargs)
+
+
+def _bounds(cu_seq_lens: Tensor) -> list[int]:
+    """The numbers in `cu_seq_lens` (S + 1,), read once for all layers of a forward pass and of its recomputation."""
+    bounds: list[int] | None = _bounds_of_batches.get(cu_seq_lens)
+    if bounds is None:
+        bounds = _bounds_of_batches[cu_seq_lens] = cu_seq_lens.tolist()
+    return bounds
 
 
 def _window_mask(length: int, window: int, device: torch.device) -> Tensor | None:

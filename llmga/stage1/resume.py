@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 
 from llmga.run_folder import ResumeError
+from llmga.stage1.lora import complete_adapter
 from llmga.stage1.model import standard_names
 
 
@@ -43,6 +44,18 @@ def check_same_adapter(checkpoint: Path, model: nn.Module) -> None:
             f"{checkpoint} holds {before}, this run trains {now}; set model.lora as it was, or start anew with "
             "run.resume=false"
         )
+
+
+def complete_checkpoint(checkpoint: Path, model: nn.Module) -> None:
+    """Refuse to call a checkpoint complete whose adapter reads back otherwise; all ranks call together.
+
+    Whole weights are compared when the run is finished: here that would take minutes for each checkpoint.
+
+    Raises:
+        ModelError, RunFailed: as for `complete_adapter`.
+    """
+    if isinstance(model, PeftModel):
+        complete_adapter(checkpoint, model)
 
 
 def _described(rank: int, target: str) -> str:

@@ -43,7 +43,7 @@ from llmga.stage1.data import Collator, Stage1Dataset, build_datasets
 from llmga.stage1.held_out import mean_token_loss, token_losses
 from llmga.stage1.model import Mllm
 from llmga.stage1.packing import PackingCollator
-from llmga.stage1.resume import accept_saved_names, check_same_adapter
+from llmga.stage1.resume import accept_saved_names, check_same_adapter, complete_checkpoint
 from llmga.stage1.sample_page import SamplePages
 from llmga.stage1.samples import answer_questions, draw_questions
 from llmga.stage1.start import Start, input_paths, save_result, start_model
@@ -116,7 +116,11 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
         bad_samples,
         StopWhenAsked(signals),
         CompleteCheckpoints(
-            run.path, cfg.run.keep_last, mllm.processor, lambda: {**fit, "totals": figures.take_counts()}
+            run.path,
+            cfg.run.keep_last,
+            mllm.processor,
+            lambda: {**fit, "totals": figures.take_counts()},
+            lambda folder: complete_checkpoint(folder, start.trained),
         ),
     ]
     if cfg.run.sample_every_steps and cfg.samples.rows:

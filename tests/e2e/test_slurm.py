@@ -99,8 +99,8 @@ def jobs() -> Iterator[list[subprocess.Popen[str]]]:
 
 def submit(clone: Path, jobs: list[subprocess.Popen[str]], template: Path, *arguments: str) -> subprocess.Popen[str]:
     """Start a batch script as slurmd does on the job's first machine."""
-    port = str(int(time.monotonic() * 1000) % 20_000)  # of which llmga makes the port
-    variables = {"SLURM_JOB_ID": port, "SLURM_JOB_NUM_NODES": "2", "SLURM_SUBMIT_DIR": str(clone), "NPROC": "1"}
+    number = str(time.monotonic_ns() // 1_000_000)  # of which llmga makes the port
+    variables = {"SLURM_JOB_ID": number, "SLURM_JOB_NUM_NODES": "2", "SLURM_SUBMIT_DIR": str(clone), "NPROC": "1"}
     variables |= {"PATH": f"{clone / 'bin'}:{os.environ['PATH']}", "SHIM": str(clone), "PYTHONPATH": str(ROOT)}
     variables |= {"SLURM_TMPDIR": str(clone / "fast_disk"), "USER": "somebody"}
     log = (clone / "log").open("a")

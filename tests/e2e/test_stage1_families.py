@@ -9,12 +9,15 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
+from llmga.checkpoint import latest_checkpoint
 from llmga.config import load_config
 from llmga.run_folder import ResumeError
 from llmga.stage1.config import Stage1Config
@@ -108,7 +111,7 @@ def alone(settings: Path) -> Path:
 
 def test_an_adapter_stands_on_a_base_with_rows_for_the_tags(alone: Path) -> None:
     config = json.loads((alone / "final" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(alone / "base")
+    assert config["base_model_name_or_path"] == "../base"
     plain = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(alone / "base"), alone / "final")
     assert set(plain.peft_config["default"].trainable_token_indices) == {"model.language_model.embed_tokens", "lm_head"}
     rows = weights(alone / "final")
@@ -118,6 +121,32 @@ def test_an_adapter_stands_on_a_base_with_rows_for_the_tags(alone: Path) -> None
     assert not torch.equal(trained[0], trained[1])
     assert merge_adapter(alone / "final", alone / "merged") < 2e-6
     assert load_mllm(alone / "merged").tags_are_tokens
+
+
+def test_a_run_folder_may_move_and_its_checkpoints_are_adapters_too(alone: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(alone, tmp_path / "elsewhere" / "run")
+    whole = load_mllm(alone / "final").model.state_dict()
+    for folder in (moved / "final", moved / "checkpoint-6"):
+        found = load_mllm(folder).model.state_dict()
+        assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+def test_a_checkpoint_whose_adapter_reads_back_otherwise_ends_the_run(
+    settings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = settings.parent / "runs" / "lora_broken"
+    save = PeftModel.save_pretrained
+
+    def save_wrongly(self: PeftModel, path: str, **how: Any) -> None:
+        save(self, path, **how)
+        tensors = load_file(Path(path) / "adapter_model.safetensors")
+        next(tensor for name, tensor in tensors.items() if "lora_B" in name).add_(1e-7)
+        save_file(tensors, Path(path) / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", save_wrongly)
+    with pytest.raises(ModelError, match=r"checkpoint-2: \S+lora_B\S+ read back differs from what was saved"):
+        train(load_config(Stage1Config, settings, [*LORA, f"run.output_dir={folder}"]))
+    assert latest_checkpoint(folder) is None
 
 
 def test_an_adapter_run_resumes_to_the_bit(settings: Path, alone: Path) -> None:

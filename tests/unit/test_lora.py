@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from llmga.cli import app
 from llmga.config import EXIT_BAD_INPUT, EXIT_OK
+from llmga.stage1 import lora
 from llmga.stage1.added_tokens import add_generation_tags
 from llmga.stage1.build import build_mllm
 from llmga.stage1.config import LoraConfig
@@ -152,6 +153,34 @@ def test_a_base_that_moved_or_is_another_one(bases: Path, saved: Callable[[str],
     assert load_adapter(folder, base=moved).tags_are_tokens
     with pytest.raises(ModelError, match=r"the adapter does not fit .*qwen2 .*; name the base it was trained on"):
         load_adapter(folder, base=bases / "qwen2")
+
+
+def test_a_base_is_found_again_after_both_have_moved(
+    bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(bases / "llama3", root / "models" / "llama3")
+    monkeypatch.chdir(root)
+    mllm, model = adapted(Path("models/llama3"))  # as a person gives it
+    adapter = save_adapter(mllm, model, model.state_dict(), Path("runs/x/final"), {})
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "models/llama3"
+    expected = load_mllm(adapter).model.state_dict()
+    monkeypatch.chdir(tmp_path)
+    moved = root.rename(tmp_path / "moved") / "runs" / "x" / "final"
+    found = load_mllm(moved).model.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_an_adapter_is_compared_on_a_base_of_the_precision_it_was_trained_on(
+    bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mllm = load_mllm(bases / "qwen2", dtype=torch.bfloat16)
+    model = add_adapter(mllm, LoraConfig(rank=4), bases / "qwen2")
+    dtypes, load = [], lora.load_mllm
+    monkeypatch.setattr(lora, "load_mllm", lambda *how: dtypes.append(how[3]) or load(*how))
+    folder = save_adapter(mllm, model, model.state_dict(), tmp_path / "adapter", {})
+    assert dtypes == [torch.bfloat16]  # float32 would take twice the memory
+    assert {tensor.dtype for tensor in load_file(folder / "adapter_model.safetensors").values()} == {torch.float32}
 
 
 def test_weights_missing_from_an_adapter(saved: Callable[[str], Path]) -> None:

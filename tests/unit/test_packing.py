@@ -135,6 +135,17 @@ def test_texts_alone_get_a_picture_segment_that_changes_nothing():
         torch.testing.assert_close(gradients[name], padded[name], rtol=0, atol=1e-6, msg=name)
 
 
+def test_the_bounds_are_read_once_for_all_layers_and_their_recomputation(monkeypatch):
+    model = model_of("llama")
+    use_packed_sdpa(model.model.language_model)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    batches, read, tolist = [PACKING(MIXED), PACKING(TEXTS)], [], Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda self: read.append(id(self)) or tolist(self))
+    for batch in batches:
+        loss_and_gradients(model, batch)
+    assert read == [id(batch["cu_seq_lens_q"]) for batch in batches]
+
+
 def test_held_out_batches_are_padded():
     held_out = [{**one, "held_out": True} for one in MIXED]
     batch = PACKING(held_out)
