@@ -16,7 +16,7 @@ from make_toy_base import changes, run, ship
 
 CONFIG = Path("configs/stage1/toy_tuned.yaml")
 WORK = Path("runs/toy_tuned")
-ROWS = {"train": 60_000, "validation": 1_000}
+ROWS = {"train": 50_000, "validation": 1_000}
 SHIPPED = Path("llmga/toyworld/checkpoints/tuned/mllm")
 
 
@@ -33,7 +33,7 @@ def main(overrides: list[str]) -> None:
 def learn_to_edit(start: Path, folder: Path, overrides: list[str]) -> None:
     """A first run on edits alone, the hardest task: what is meant, what becomes of it, and all else as it was."""
     pairs = changes(start, folder)
-    run(CONFIG, [*overrides, *pairs, "run.max_steps=2000", "optim.lr=1e-3", "optim.schedule=constant"])
+    run(CONFIG, [*overrides, *pairs, "run.max_steps=1500", "optim.lr=1e-3", "optim.schedule=constant"])
 
 
 if __name__ == "__main__":
