@@ -1,11 +1,16 @@
 """Which chat template a run uses: the tokenizer's own where it marks the answers, else the row that fits it."""
 
+import logging
 from itertools import pairwise
 from typing import Any
 
-from llmga.stage1.chat_rows import MARKERS, read_template, template_names
+from llmga.stage1.chat_rows import MARKERS, RELEASED, read_template, template_names
 from llmga.stage1.conversation import ConversationError, Turn, encode_conversation, encode_prompt, marks_answers
+from llmga.stage1.released_tokenizer import choose_template
+from llmga.stage1.released_weights import ConvertError
 from llmga.tokens import IGNORE_INDEX, TAG_LITERALS, neutralise
+
+logger = logging.getLogger(__name__)
 
 
 class TemplateError(ValueError):
@@ -16,11 +21,11 @@ def set_chat_template(processor: Any, name: str | None, system_text: str | None,
     """Give a `LlavaProcessor` the chat template of a run, and try it out.
 
     Args:
-        name: of a file; None keeps the tokenizer's own template if it marks answers, else takes the row that fits.
+        name: of a row; None keeps the tokenizer's own template if it marks answers, else takes the row that fits.
         system_text: in place of our own; None for ours. It goes into a template file only.
         where: the folder of the tokenizer, for messages.
     Returns:
-        The file's name, None when the tokenizer's own template was kept.
+        The row's name, None when the tokenizer's own template was kept.
     Raises:
         TemplateError: no row fits, there is no place for the system text, or the template does not work out.
     """
@@ -38,7 +43,11 @@ def set_chat_template(processor: Any, name: str | None, system_text: str | None,
             literals = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
             literals = {literal for literal in literals if len(literal.strip()) > 1} | {*TAG_LITERALS}
             system_text = neutralise(system_text, literals | {processor.image_token})
-        tokenizer.chat_template = read_template(name, system_text)
+        tokenizer.chat_template = (
+            _released_template(processor, name, system_text, where)
+            if name in RELEASED
+            else read_template(name, system_text)
+        )
     processor.chat_template = tokenizer.chat_template
     _try_out(processor, name, where)
     return name
@@ -55,6 +64,19 @@ def _row_that_fits(tokenizer: Any, own: str, where: str) -> str:
         f"{where}: the tokenizer has {found}, and its tokens fit none that we know, so how to write turns is unclear; "
         f"set model.chat_template to one of {', '.join(template_names())} (vicuna needs no tokens of its own)"
     )
+
+
+def _released_template(processor: Any, name: str, system_text: str | None, where: str) -> str:
+    """The layout that a family's released weights were trained on, with the ids that the published code made."""
+    family = RELEASED[name]
+    if system_text and family.system_text is None:
+        raise TemplateError(f"{where}: {name} has no place for a system text; remove model.system_prompt")
+    if not system_text and family.system_text is not None:
+        logger.warning("%s: the weights were trained with a system text; model.system_prompt can bring it", name)
+    try:
+        return choose_template(processor.tokenizer, family, system_text or "", processor.image_token)[0]
+    except ConvertError as error:
+        raise TemplateError(f"{where}: {error}") from error
 
 
 def _try_out(processor: Any, name: str | None, where: str) -> None:

@@ -38,6 +38,7 @@ from llmga.stage1.arguments import training_arguments
 from llmga.stage1.arithmetic import set_arithmetic
 from llmga.stage1.balance import BalancedDataset
 from llmga.stage1.callbacks import BadSamples, CompleteCheckpoints, Figures, SampleReplies, StopWhenAsked
+from llmga.stage1.chat_rows import row_of
 from llmga.stage1.config import Stage1Config
 from llmga.stage1.data import Collator, Stage1Dataset, build_datasets
 from llmga.stage1.held_out import mean_token_loss, token_losses
@@ -246,16 +247,17 @@ def _save(cfg: Stage1Config, run: RunFolder, trainer: Trainer, start: Start, fig
     """Write `final/`; all ranks call, rank 0 writes."""
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # ZeRO-3: all ranks give, rank 0 receives
     start.mllm.model.config.use_cache = True  # the Trainer has set it to False
-    provenance = _provenance(cfg, start.base, trainer.state.global_step, figures)
+    provenance = _provenance(cfg, start, trainer.state.global_step, figures)
     with explaining_full_disk(run):
         on_main(lambda: save_result(cfg, start, state_dict, run.final, provenance))
 
 
-def _provenance(cfg: Stage1Config, base: Path, step: int, figures: Figures) -> dict[str, Any]:
+def _provenance(cfg: Stage1Config, start: Start, step: int, figures: Figures) -> dict[str, Any]:
     """What the model was made from, for `final/provenance.json`."""
     return {
         "stage": 1,
-        "base": str(base),
+        "base": str(start.base),
+        "chat_template": row_of(start.mllm.tokenizer.chat_template) or "the tokenizer's own",
         "steps": step,
         **figures.totals,
         "inputs": hashes([*input_paths(cfg.model), *(source.path for source in cfg.data.sources)]),

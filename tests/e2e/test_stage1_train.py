@@ -186,6 +186,7 @@ def test_the_result_loads_in_plain_transformers_and_knows_its_origin(settings: P
         assert same == frozen, name
     provenance = json.loads((final / "provenance.json").read_text())
     assert provenance["steps"] == 6
+    assert provenance["chat_template"] == "the tokenizer's own"
     assert provenance["trained_tokens"] == lines(unbroken / "metrics.jsonl")[-3]["trained_tokens"]
     hashed = {Path(entry["path"]).name: entry["sha256"] for entry in provenance["inputs"]}
     assert {"train.jsonl", "model.safetensors"} <= hashed.keys()

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from llmga.config import load_config
 from llmga.stage1.added_tokens import add_generation_tags
 from llmga.stage1.build import ProjectorError, build_mllm, build_processor
-from llmga.stage1.chat_rows import MARKERS, SYSTEM_TEXT_FILE, read_template, template_names
+from llmga.stage1.chat_rows import MARKERS, RELEASED, SYSTEM_TEXT_FILE, read_template, row_of, template_names
 from llmga.stage1.chat_template import TemplateError, set_chat_template
 from llmga.stage1.config import Stage1Config
 from llmga.stage1.conversation import Turn, encode_conversation, encode_prompt
+from llmga.stage1.families import released_template
 from llmga.stage1.model import Mllm, ModelError, load_mllm, save_mllm
 from llmga.stage1.projector import projector_weights
 from llmga.stage1.reply import Prompt, generate_replies, stop_ids
@@ -268,7 +269,7 @@ def test_the_tokenizers_own_template_is_kept_when_it_marks_answers() -> None:
 
 
 @pytest.mark.parametrize("text", ["", 'Say "yes"\\no.\n\nThen 🙂 {{ x }}.'])
-@pytest.mark.parametrize("name", template_names())
+@pytest.mark.parametrize("name", MARKERS)
 def test_another_system_text_takes_the_place_of_ours(name: str, text: str, parts: Path) -> None:
     folder = next(parts / family for family, row in FAMILIES.items() if row.row == name)
     tokenizer = build_processor(folder, parts / "clip", name, text).tokenizer
@@ -277,6 +278,34 @@ def test_another_system_text_takes_the_place_of_ours(name: str, text: str, parts
     assert SYSTEM_TEXT_FILE.read_text().strip() not in plain
     assert plain.count(text) == 1 if text else "system" not in plain
     assert tokenizer.apply_chat_template([system, user], tokenize=False) == plain
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_run_can_name_the_layout_of_released_weights(name: str, parts: Path) -> None:
+    family = RELEASED[name]
+    text = "A sentence." if family.system_text else None
+    processor = build_processor(parts / family.name, parts / "clip", name, text)
+    assert row_of(processor.chat_template) == name
+    wanted = {released_template(family, text or "", mark, processor.image_token) for mark in ("", " ")}
+    assert processor.chat_template in wanted
+    encoded = encode_conversation(processor.tokenizer, TURNS, processor.image_token, 4)
+    ends = {processor.tokenizer.decode([label]) for label in encoded.labels if label != IGNORE_INDEX}
+    assert ends & set(family.stop_tokens)
+    if family.system_text is None:
+        with pytest.raises(TemplateError, match=rf"{name} has no place for a system text; remove model.system_prompt"):
+            build_processor(parts / family.name, parts / "clip", name, "A sentence.")
+
+
+def test_a_released_layout_that_is_not_the_tokenizers_is_refused(parts: Path) -> None:
+    with pytest.raises(TemplateError, match=r"gemma: .*; (set model.chat_template to another|does the tokenizer)"):
+        build_processor(parts / "gemma", parts / "clip", "released_llama3")
+
+
+@pytest.mark.parametrize("name", MARKERS)
+def test_the_row_of_a_template_is_known_whatever_its_system_text(name: str) -> None:
+    assert {row_of(read_template(name, text)) for text in (None, "", "Other {{ text }}.")} == {name}
+    assert row_of(read_template(name) + " ") is row_of(None) is None
+    assert set(MARKERS) < set(template_names())
 
 
 def test_control_strings_in_a_system_text_mean_nothing() -> None:
