@@ -17,9 +17,10 @@ from PIL import Image
 from llmga.masks import Mask, MaskKind
 from llmga.problem import Problem
 
-PictureMode = Literal["squash", "crop", "pad", "laion"]
+PictureMode = Literal["squash", "crop", "pad", "laion", "clip"]
 
 MAX_PIXELS = 89_478_485  # 0.25 GiB as RGB; Pillow's own threshold for decompression bombs
+_EXACT_RATIO = 16
 PAD_COLOUR = (122, 116, 104)  # CLIP's mean colour in 8 bits, what LLaVA pads with
 MASK_THRESHOLD = 125  # grey levels from here on mean "generate", as in the published code
 
@@ -232,7 +233,7 @@ def _explain(path: Path, error: Exception) -> Problem:
 
 
 def fit_picture(picture: Image.Image, size: int, mode: PictureMode, source: str | PathLike[str] = "") -> Image.Image:
-    """Bring a picture to size x size pixels, by LANCZOS.
+    """Bring a picture to size x size pixels, by LANCZOS unless the mode says otherwise.
 
     Memory is bounded by the picture and the square, whatever the aspect ratio.
 
@@ -240,7 +241,9 @@ def fit_picture(picture: Image.Image, size: int, mode: PictureMode, source: str 
         picture: 8-bit RGB, or grey ("L") for masks.
         mode: "squash" ignores the aspect ratio; "crop" scales the short side to `size` (the long one truncated to
             whole pixels) and takes the centre; "pad" scales the long side and fills with CLIP's mean colour (a mask
-            with 0, keep); "laion" crops where `source` contains "laion" in any case and squashes elsewhere.
+            with 0, keep); "laion" crops where `source` contains "laion" in any case and squashes elsewhere; "clip"
+            crops as CLIP's image processor does, bicubic and to the bit, so that a processor of this size leaves the
+            picture as it is. Beyond a ratio of 16 single values may differ by one.
         source: the picture's path, read by "laion" alone.
     Raises:
         ValueError: unknown mode, or a size below 1.
@@ -254,21 +257,26 @@ def fit_picture(picture: Image.Image, size: int, mode: PictureMode, source: str 
     if mode == "laion":
         mode = "crop" if "laion" in str(source).lower() else "squash"
     if mode == "crop":
-        return _crop_centre(picture, size)
+        return _crop_centre(picture, size, Image.Resampling.LANCZOS)
+    if mode == "clip":
+        return _crop_centre(picture, size, Image.Resampling.BICUBIC, exact_up_to=_EXACT_RATIO)
     if mode == "pad":
         return _pad_to_square(picture, size)
     return picture.resize((size, size), Image.Resampling.LANCZOS)
 
 
-def _crop_centre(picture: Image.Image, size: int) -> Image.Image:
-    """Scale the short side to `size`, cut the centre; only the part that stays is ever computed."""
+def _crop_centre(picture: Image.Image, size: int, resampling: Image.Resampling, exact_up_to: float = 0) -> Image.Image:
+    """Scale the short side to `size`, cut the centre; past a ratio of sides, only the part that stays is computed."""
     width, height = picture.size
     short = min(width, height)
     out_width, out_height = int(width * size / short), int(height * size / short)
     left, top = (out_width - size) // 2, (out_height - size) // 2
+    if max(width, height) <= exact_up_to * short:
+        whole = picture.resize((out_width, out_height), resampling)
+        return whole.crop((left, top, left + size, top + size))
     x_scale, y_scale = width / out_width, height / out_height
     box = (left * x_scale, top * y_scale, min(width, (left + size) * x_scale), min(height, (top + size) * y_scale))
-    return picture.resize((size, size), Image.Resampling.LANCZOS, box=box)
+    return picture.resize((size, size), resampling, box=box)
 
 
 def _pad_to_square(picture: Image.Image, size: int) -> Image.Image:

@@ -166,7 +166,7 @@ class DataConfig:
     sources: list[SourceConfig]  # drawn by weight
     validation: list[SourceConfig] = field(default_factory=list)  # held out: loss and sample replies
     picture_size: AtLeastOne = 512  # pixels a side before the vision tower's own resizing; masks are drawn at it
-    picture_mode: Literal["squash", "crop", "pad", "laion"] = "squash"  # how a picture becomes square
+    picture_mode: Literal["squash", "crop", "pad", "laion", "clip"] = "squash"  # how a picture becomes square
     max_length: AtLeastOne = 2048  # tokens, picture tokens included
     packing: bool = False  # a batch's conversations end to end in one row, without padding: same loss, less time
     too_long: Literal["drop", "error"] = "drop"  # a longer example is replaced and counted, or stops the run

@@ -465,7 +465,7 @@ def test_published_settings() -> None:
             assert (config.data.max_length, run.deepspeed) == (2048, Path("configs/deepspeed/zero3.json"))
 
 
-@pytest.mark.parametrize("name", ["zero2.json", "zero3.json", "zero3_offload.json"])
+@pytest.mark.parametrize("name", ["zero2.json", "zero2_offload.json", "zero3.json", "zero3_offload.json"])
 def test_deepspeed_files_fit_both_precisions(name: str, stage1_files: list[str]) -> None:
     for precision in ("bf16", "fp32"):
         overrides = [f"run.deepspeed={REPOSITORY / 'configs/deepspeed' / name}", f"run.precision={precision}"]

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import CLIPImageProcessorPil
 
 from llmga.images import PictureError, blank_holes, fit_picture, open_mask, open_picture, picture_path
 from llmga.masks import Mask
+from llmga.stage1.pixels import PixelEncoder
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
 ROWS, COLUMNS = np.mgrid[:160:4, :240:4]
@@ -137,7 +139,7 @@ def test_damaged_exif_does_not_cost_the_picture(exif: bytes, tmp_path: Path) -> 
     assert open_picture(tmp_path / "a.jpg").size == (40, 24)
 
 
-@pytest.mark.parametrize("mode", ["squash", "crop", "pad", "laion"])
+@pytest.mark.parametrize("mode", ["squash", "crop", "pad", "laion", "clip"])
 @pytest.mark.parametrize("shape", [(3, 2000), (5000, 1), (1, 1)])
 def test_extreme_ratios_are_read_and_fitted(shape: tuple[int, int], mode, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """A centre crop by way of the whole scaled picture would need 512 x 2,560,000 pixels for the second shape."""
@@ -311,6 +313,22 @@ def test_crop_equals_scaling_the_whole_and_cutting_the_centre(shape: tuple[int, 
     assert np.abs(difference).max() <= 1  # one grey level, from single-precision box corners inside Pillow
 
 
+@pytest.mark.parametrize("size", [32, 33, 224])
+@pytest.mark.parametrize("shape", [(451, 300), (427, 640), (200, 64), (31, 32), (33, 500), (336, 336), (7, 5)])
+def test_clip_mode_is_what_clips_image_processor_does(shape: tuple[int, int], size: int) -> None:
+    crop = {"height": size, "width": size}
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size=crop, do_normalize=False, do_rescale=False
+    )
+    noise = np.random.default_rng(0).integers(0, 256, (shape[1], shape[0], 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    expected = processor(picture, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    fitted = fit_picture(picture, size, "clip")
+    assert np.array_equal(np.asarray(fitted), expected)
+    encoder = PixelEncoder(CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=crop))
+    assert np.array_equal(encoder(fitted), encoder(picture))  # and so the second time nothing happens
+
+
 def test_pad_keeps_everything_on_clips_mean_colour() -> None:
     fitted = fit_picture(Image.new("RGB", (40, 20), "red"), 32, "pad")
     rows = [pixel(fitted, 5, y) for y in range(32)]
@@ -323,7 +341,9 @@ def test_the_laion_rule_reads_the_path_in_any_case() -> None:
 
 
 def test_an_unknown_mode_or_size_is_refused() -> None:
-    with pytest.raises(ValueError, match="picture mode 'stretch' is unknown; expected one of squash, crop, pad, laion"):
+    with pytest.raises(
+        ValueError, match="picture mode 'stretch' is unknown; expected one of squash, crop, pad, laion, clip"
+    ):
         fit_picture(PHOTO, 8, "stretch")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="picture size is 0"):
         fit_picture(PHOTO, 0, "squash")

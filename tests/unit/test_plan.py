@@ -168,6 +168,9 @@ def test_states_are_shared_out_as_the_stage_says() -> None:
     )
     assert offloaded.parts[WEIGHTS] == 0 and OPTIMIZER not in offloaded.parts
     assert offloaded.host == 17_600_000_000 + 18 * trained
+    kept = standing_states(engine(2, 1, offload_optimizer=cpu), trained, frozen, hidden, weights)
+    assert (kept.parts[WEIGHTS], kept.parts[GRADIENTS], kept.parts[OPTIMIZER]) == (17_600_000_000, 0, 0)
+    assert kept.host == 18 * trained
 
 
 # ---------------------------------------------------------------- sizes
