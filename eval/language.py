@@ -28,8 +28,8 @@ from llmga.files import atomic_write
 from llmga.images import open_picture, picture_path
 from llmga.machine import machine_in_words
 from llmga.metrics.intervals import Interval, bootstrap_difference, bootstrap_ratio
+from llmga.provenance import made_with
 from llmga.records import Record, open_manifest
-from llmga.runtime import environment
 from llmga.stage1.conversation import Turn
 from llmga.stage1.instructions import Phrasing
 from llmga.stage1.tasks import Example, TaskSettings, build_example
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = {
         "schema_version": 1,
         "machine": machine_in_words("torch", "transformers"),
-        "environment": {key: value for key, value in environment().items() if key in ("commit", "versions")},
+        "environment": made_with(),
         "protocol": {
             "data": str(args.data),
             "records": len(records),

@@ -78,18 +78,19 @@ def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
 
 def input_paths(cfg: Any) -> list[Path]:
     """Every path in the settings that the run reads: all but its own folder."""
-    return sorted({path for path in _paths(cfg)} - {cfg.run.output_dir})
+    return sorted({path for path in paths_in(cfg)} - {cfg.run.output_dir})
 
 
-def _paths(value: Any) -> Iterator[Path]:
+def paths_in(value: Any) -> Iterator[Path]:
+    """Every path in settings, or in a part of them."""
     if isinstance(value, Path):
         yield value
     elif dataclasses.is_dataclass(value):
         for item in dataclasses.fields(value):
-            yield from _paths(getattr(value, item.name))
+            yield from paths_in(getattr(value, item.name))
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _paths(item)
+            yield from paths_in(item)
 
 
 def describe(path: Path) -> str:
