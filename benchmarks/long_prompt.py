@@ -9,7 +9,6 @@ matters little. The best of the rounds counts; the result goes to benchmarks/res
 import argparse
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from llmga.machine import machine_in_words
 from llmga.stage2.long_prompt import encode_long_prompt, tokenize_long_prompt
 from llmga.stage2.prompt_batch import EncodedPrompts
 from llmga.stage2.prompt_encoder import LongPromptEncoder
@@ -125,17 +124,6 @@ def together(batches: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return sums
 
 
-def machine() -> str:
-    """The machine in plain words."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), platform.machine())
-    return (
-        f"one thread of {cpu} ({os.cpu_count()} cores, shared with other work; processor time is counted), "
-        f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}"
-    )
-
-
 @torch.no_grad()
 def main() -> None:
     """Measure every kind of batch."""
@@ -162,7 +150,7 @@ def main() -> None:
         kinds[kind] = {"together": together(batches), "batches": batches}
     result = {
         "command": f"python benchmarks/long_prompt.py --rounds {args.rounds} --seed {args.seed}",
-        "machine": machine(),
+        "machine": machine_in_words("torch", "transformers", threads=1, note="shared; processor time is counted"),
         "text_encoder": "CLIPTextModel, 12 layers, 768 wide, random weights, float32",
         "kinds": kinds,
     }

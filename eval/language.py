@@ -25,11 +25,11 @@ from PIL import Image
 
 from llmga.cli import SHIPPED_MODELS, newest_model
 from llmga.config import EXIT_BAD_INPUT, EXIT_OK
-from llmga.environment import environment
 from llmga.files import atomic_write
 from llmga.images import open_picture, picture_path
 from llmga.machine import machine_in_words
 from llmga.metrics.intervals import Interval, bootstrap_difference, bootstrap_ratio
+from llmga.provenance import made_with
 from llmga.records import Record, open_manifest
 from llmga.stage1.conversation import Turn
 from llmga.stage1.instructions import Phrasing
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = {
         "schema_version": 1,
         "machine": machine_in_words("torch", "transformers"),
-        "environment": {key: value for key, value in environment().items() if key in ("commit", "versions")},
+        "environment": made_with(),
         "protocol": {
             "data": str(args.data),
             "records": len(records),

@@ -40,11 +40,12 @@ from llmga.diffrir.network import load_restorer
 from llmga.diffrir.reference import compose
 from llmga.diffrir.restore import to_uint8
 from llmga.diffrir.train import train
+from llmga.environment import environment
 from llmga.files import atomic_write
 from llmga.images import data_url
 from llmga.machine import machine_in_words
 from llmga.metrics.intervals import Interval, bootstrap_runs
-from llmga.runtime import Interrupted, RunFailed, environment
+from llmga.runtime import Interrupted, RunFailed
 
 ARMS = {
     "plain": {"reference": False, "colour": False},

@@ -9,7 +9,6 @@ there is no state of samplers or generators to save: resuming is nothing but sta
 """
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,12 +27,12 @@ from llmga.checkpoint import checkpoint_path, checkpoint_step, keep_last, mark_c
 from llmga.checkpoint import write_folder_atomically as written_whole
 from llmga.config import dump_config
 from llmga.engine import build_accelerator, engine_name
-from llmga.environment import environment
 from llmga.learner import Learner
 from llmga.loop_figures import LoopFigures
 from llmga.memory import explaining_memory
 from llmga.nodes.preflight import start_together
 from llmga.non_finite import BAD_GRADIENT, save_and_stop
+from llmga.provenance import made_with, write_provenance
 from llmga.run_folder import RunFolder, check_fits, explaining_full_disk, way_on
 from llmga.runtime import (
     Interrupted,
@@ -337,12 +336,11 @@ class _Loop:
             "steps": self.job.total_steps,
             **{key: value for key, value in self.figures.totals.items() if key == "samples"},
             "config": dump_config(self.cfg),
-            **{key: value for key, value in environment().items() if key in ("commit", "versions")},
+            **made_with(),
         }
         with written_whole(self.place.run.final) as folder:
             self.job.export(folder)
-            text = json.dumps(facts, indent=1, ensure_ascii=False)
-            (folder / "provenance.json").write_text(text, encoding="utf-8")
+            write_provenance(folder, facts)
 
     def _stop_at(self, step: int, what: str, held: list[dict[str, Any]]) -> None:
         """Save the step's batches and end the run on every rank."""

@@ -25,12 +25,19 @@ class Pool(Generic[Item, Result]):
         work: takes the items of one piece, returns one result for each; importable by name, as are its items.
         workers: processes; 1 works in this one, where nothing can be saved from a decoder that crashes.
         crashed: the result of an item whose process died.
+        halve: the two halves of an item that can be divided, tried one by one when its process died; () for another.
+        join: the result of an item out of those of its halves.
     """
 
     def __init__(
-        self, work: Callable[[Sequence[Item]], list[Result]], workers: int, crashed: Callable[[Item], Result]
+        self,
+        work: Callable[[Sequence[Item]], list[Result]],
+        workers: int,
+        crashed: Callable[[Item], Result],
+        halve: Callable[[Item], Sequence[Item]] = lambda item: (),
+        join: Callable[[Result, Result], Result] | None = None,
     ) -> None:
-        self.work, self.workers, self.crashed = work, workers, crashed
+        self.work, self.workers, self.crashed, self.halve, self.join = work, workers, crashed, halve, join
 
     def map(self, pieces: Iterable[tuple[int, Sequence[Item]]]) -> Iterator[tuple[int, list[Result]]]:
         """(key, results) of every (key, items), in the order in which they are finished."""
@@ -88,12 +95,16 @@ class Pool(Generic[Item, Result]):
             raise
 
     def _alone(self, item: Item) -> Result:
-        """One item in a process of its own."""
+        """One item in a process of its own; where that dies, each half of it."""
         with self._executor(1) as executor:
             try:
                 return executor.submit(self.work, [item]).result()[0]
             except BrokenProcessPool:
-                return self.crashed(item)
+                halves = self.halve(item)
+        if not halves or self.join is None:
+            return self.crashed(item)
+        first, second = (self._alone(half) for half in halves)
+        return self.join(first, second)
 
     def _executor(self, workers: int) -> ProcessPoolExecutor:
         methods = multiprocessing.get_all_start_methods()

@@ -69,6 +69,22 @@ class RowResults:
     lengths: dict[str, dict[int, int]] = field(default_factory=dict)
 
 
+def joined(first: RowResults, second: RowResults) -> RowResults:
+    """What was found in two ranges, as if they had been one."""
+    lengths = {name: dict(counts) for name, counts in first.lengths.items()}
+    for name, counts in second.lengths.items():
+        of_name = lengths.setdefault(name, {})
+        for length, count in counts.items():
+            of_name[length] = of_name.get(length, 0) + count
+    return RowResults(
+        first.findings + second.findings,
+        first.uses + second.uses,
+        first.keys + second.keys,
+        first.counts + second.counts,
+        lengths,
+    )
+
+
 def check_rows(file: RowFile, start: int, stop: int, counter: LengthCounter) -> RowResults:
     """Check the rows [start, stop) of a file.
 

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from llmga.check.lengths import LengthCounter, load_tokenizer
 from llmga.check.picture_check import PICTURE_SUFFIXES, PictureFacts, check_picture
 from llmga.check.pool import Pool
 from llmga.check.progress import CheckProgress
-from llmga.check.row_check import Finding, RowResults, check_rows
+from llmga.check.row_check import Finding, RowResults, check_rows, joined
 from llmga.check.row_file import RowFile, RowIndex, index_rows
 from llmga.check.sets import RowSet, find_sets
 from llmga.check.settings import CheckError, CheckSettings
@@ -143,9 +143,15 @@ def _check_row_jobs(jobs: Sequence[_RowJob]) -> list[RowResults]:
 
 
 def _rows_crashed(job: _RowJob) -> RowResults:
-    """None of the rows was looked at to its end, so none counts as usable."""
-    reason = f"the process that read rows {job.start} to {job.stop - 1} died; is there enough memory?"
+    """A row that was not looked at to its end does not count as usable."""
+    reason = f"the process that read row {job.start} died; is there enough memory?"
     return RowResults([Finding(row, "unreadable_file", reason) for row in range(job.start, job.stop)])
+
+
+def _halves(job: _RowJob) -> tuple[_RowJob, ...]:
+    """The two halves of a range of rows, so that the row at fault is found; a single row has none."""
+    middle = (job.start + job.stop) // 2
+    return () if middle == job.start else (replace(job, stop=middle), replace(job, start=middle))
 
 
 def _check_set(
@@ -167,7 +173,7 @@ def _check_set(
         if not store.is_done(phase, start)
     )
     workers = settings.num_workers if len(starts) > 1 else 1
-    for start, (found,) in Pool(_check_row_jobs, workers, _rows_crashed).map(pieces):
+    for start, (found,) in Pool(_check_row_jobs, workers, _rows_crashed, _halves, joined).map(pieces):
         store.add_rows(number, start, root, found)
         progress.advance(min(ROWS_PER_PIECE, index.rows - start))
 

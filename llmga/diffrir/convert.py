@@ -1,6 +1,5 @@
 """Released DiffRIR checkpoints to our networks and back; nothing is left over, guessed at or silently dropped."""
 
-import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -15,8 +14,8 @@ from llmga.diffrir.discriminator import Discriminator
 from llmga.diffrir.network import DiffRIR, Phase, check_kind
 from llmga.diffrir.released_names import ALIASES, is_pointwise, released_names
 from llmga.diffrir.released_settings import CheckpointError, released_settings
-from llmga.environment import environment
 from llmga.files import no_such_file, written_aside
+from llmga.provenance import made_with, write_provenance
 from llmga.run_folder import hashes
 
 EMA_KEY, LAST_KEY = "params_ema", "params"
@@ -121,11 +120,10 @@ def convert_restorer(
         model = from_reference_state_dict(_read(source), scale=scale, phase=phase, ema=ema)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    made_with = {key: value for key, value in environment().items() if key in ("commit", "versions")}
-    origin = {"inputs": hashes([source]), "weights": "ema" if ema else "last", **made_with}
+    origin = {"inputs": hashes([source]), "weights": "ema" if ema else "last", **made_with()}
     with write_folder_atomically(Path(folder)) as aside:
         model.save_pretrained(aside)
-        (aside / "provenance.json").write_text(json.dumps(origin, indent=2) + "\n")
+        write_provenance(aside, origin)
     return model
 
 

@@ -7,7 +7,6 @@ Nothing of a checkpoint is executed: weights are safetensors, or .bin files read
 imported. Tensors pass one by one, so the memory needed is that of one shard, whatever the model's size.
 """
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmga.checkpoint import is_disk_full, write_folder_atomically
-from llmga.environment import environment
+from llmga.provenance import made_with, write_provenance
 from llmga.run_folder import hashes
 from llmga.runtime import RunFailed
 from llmga.stage1.families import FAMILIES, Family
+from llmga.stage1.model_checks import ADAPTER_CONFIG, is_adapter
 from llmga.stage1.released_config import candidate_families, read_json
 from llmga.stage1.released_export import TransformersCheckpoint, write_released
 from llmga.stage1.released_import import Facts, ReleasedCheckpoint, Wishes, write_transformers
@@ -196,9 +196,9 @@ def _read_config(source: Path) -> Mapping[str, Any]:
 
 
 def _refuse_adapters(source: Path) -> None:
-    if (source / "adapter_config.json").is_file():
+    if is_adapter(source):
         raise ConvertError(
-            f"{source} holds a LoRA adapter (adapter_config.json) and not a whole model; merge it into its base first"
+            f"{source} holds a LoRA adapter ({ADAPTER_CONFIG}) and not a whole model; merge it into its base first"
         )
 
 
@@ -210,10 +210,9 @@ def _write_provenance(folder: Path, to: str, facts: Facts, inputs: list[dict[str
         "wrote": facts.wrote,
         "warnings": facts.warnings,
         "inputs": inputs,
-        **{key: value for key, value in environment().items() if key in ("commit", "versions")},
+        **made_with(),
     }
-    text = json.dumps(provenance, indent=2, ensure_ascii=False, default=str)
-    (folder / "provenance.json").write_text(text + "\n", encoding="utf-8")
+    write_provenance(folder, provenance)
 
 
 def _rows(facts: Mapping[str, Any]) -> Iterator[str]:

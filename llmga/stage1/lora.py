@@ -22,13 +22,14 @@ from transformers import LlavaForConditionalGeneration
 
 from llmga.checkpoint import write_folder_atomically
 from llmga.files import atomic_write
+from llmga.provenance import read_provenance, write_provenance
 from llmga.runtime import on_main, whole, without_zero3
 from llmga.stage1 import config as settings
 from llmga.stage1.conversation import Turn, encode_prompt
 from llmga.stage1.model import Mllm, ModelError, learn_in_float32, load_mllm, load_processor, read_config, save_mllm
+from llmga.stage1.model_checks import ADAPTER_CONFIG, is_adapter
 from llmga.tokens import TAGS, GenerationTags
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PROJECTOR = "multi_modal_projector"
 _MAX_MERGE_ERROR = 1e-4  # of the largest logit; rounding stays far below it
@@ -107,8 +108,7 @@ def save_adapter(
             "picture_size": size,
             "picture_mode": mode,
         }
-        text = json.dumps(facts, indent=2, ensure_ascii=False, default=str)
-        (temporary / "provenance.json").write_text(text + "\n", encoding="utf-8")
+        write_provenance(temporary, facts)
         _check_same(temporary, load_file(temporary / ADAPTER_WEIGHTS), given)
         _, reloaded = _load_unmerged(temporary, None, None, _frozen_dtype(model), None)
         _check_same(temporary, _adapter_weights(reloaded), given)
@@ -161,11 +161,6 @@ def _frozen_dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter rather than a whole model."""
-    return (folder / ADAPTER_CONFIG).is_file()
-
-
 def load_adapter(
     folder: Path,
     tags: GenerationTags | None = None,
@@ -209,9 +204,8 @@ def merge_adapter(adapter: Path, folder: Path, base: Path | None = None, dtype: 
         raise ModelError(f"{adapter}: merged, the model's logits differ by {difference:.3g}; nothing was written")
     stored = read_config(_base_of(adapter, base)).dtype or torch.float32
     provenance = {"merged_from": {"adapter": str(adapter), "base": str(_base_of(adapter, base))}}
-    source = adapter / "provenance.json"
-    if source.is_file():
-        provenance["adapter"] = json.loads(source.read_text(encoding="utf-8"))
+    if before := read_provenance(adapter):
+        provenance["adapter"] = before
     save_mllm(mllm, None, folder, provenance, dtype or stored)
     return difference
 
@@ -241,9 +235,7 @@ def _load_unmerged(
             f"{folder}: no {ADAPTER_CONFIG} there; give an adapter, such as final/ of a run with model.lora"
         )
     config, processor = PeftConfig.from_pretrained(folder), load_processor(folder)
-    facts: dict[str, Any] = {}
-    if (folder / "provenance.json").is_file():
-        facts = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    facts = read_provenance(folder)
     base = _base_of(folder, base)
     mllm = load_mllm(base, tags or TAGS.get(facts.get("generation_tags", "")), attention, dtype)
     mllm.processor = processor

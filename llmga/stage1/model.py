@@ -27,6 +27,7 @@ from transformers import (
 
 from llmga.checkpoint import write_folder_atomically
 from llmga.images import PictureMode
+from llmga.provenance import write_provenance
 from llmga.runtime import without_zero3
 from llmga.stage1.added_tokens import add_tag_tokens
 from llmga.stage1.model_checks import (
@@ -34,6 +35,7 @@ from llmga.stage1.model_checks import (
     check_picture_tokens,
     check_placeholder,
     explaining_attention,
+    is_adapter,
     quiet_loading,
     read_settings,
     refuse_misfit,
@@ -121,7 +123,7 @@ def load_mllm(
         ModelError: not a LLaVA folder, weights that do not fit the config, or a placeholder that is no token.
     """
     path = Path(path)
-    if (path / "adapter_config.json").is_file():
+    if is_adapter(path):
         from llmga.stage1.lora import load_adapter  # which loads its base by this function
 
         return load_adapter(path, tags, attention, dtype)
@@ -223,8 +225,7 @@ def save_mllm(
             _split_vision(temporary)
         if projector_file:
             save_file(projector_weights(model.state_dict()), temporary / PROJECTOR_FILE, metadata={"format": "pt"})
-        text = json.dumps(dict(provenance), indent=2, ensure_ascii=False, default=str)
-        (temporary / "provenance.json").write_text(text + "\n", encoding="utf-8")
+        write_provenance(temporary, provenance)
         _check_saved(temporary, model, mllm)
     return folder
 

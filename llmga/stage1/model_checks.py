@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from llmga.stage1.model import Mllm
 
 
+ADAPTER_CONFIG = "adapter_config.json"  # peft's
+
+
 class ModelError(ValueError):
     """A model folder that cannot be used; the sentence says what was found and what to do."""
 
@@ -128,3 +131,8 @@ def check_picture_tokens(mllm: "Mllm", path: Path) -> None:
             f"{path}/processor_config.json: found {json.dumps(found)}, but the vision tower of config.json needs "
             f"{json.dumps(wanted)}; set them so there"
         )
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter rather than a whole model."""
+    return (folder / ADAPTER_CONFIG).is_file()

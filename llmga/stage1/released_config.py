@@ -148,7 +148,7 @@ def _clip_pictures(size: int) -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
 
-def llava_config(source: Mapping[str, Any], family: Family, tower: Tower, path: Path) -> LlavaConfig:
+def from_released_config(source: Mapping[str, Any], family: Family, tower: Tower, path: Path) -> LlavaConfig:
     """The `LlavaConfig` of a released config.json; the placeholder's id is still to be set.
 
     Raises:

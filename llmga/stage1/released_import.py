@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LlavaConfig, LlavaProcessor
 
 from llmga.stage1.families import Family, fitting_family
 from llmga.stage1.model import load_processor, standard_name
-from llmga.stage1.released_config import check_fits, find_tower, llava_config
+from llmga.stage1.released_config import check_fits, find_tower, from_released_config
 from llmga.stage1.released_projector import multiplied, scaled_layer
 from llmga.stage1.released_tokenizer import (
     TOKENIZER_FILES,
@@ -79,7 +79,7 @@ class ReleasedCheckpoint:
         self.tokenizer = self._load_tokenizer()
         self.family = self._choose_family(candidates)
         self.tower = find_tower(source, folder, wishes.vision_tower)
-        self.config = llava_config(source, self.family, self.tower, folder / "config.json")
+        self.config = from_released_config(source, self.family, self.tower, folder / "config.json")
         self._stack = ExitStack()
         try:
             self.weights = self._stack.enter_context(StoredWeights(folder))

@@ -14,6 +14,7 @@ from torch import nn
 from llmga.run_folder import ResumeError
 from llmga.stage1.lora import complete_adapter
 from llmga.stage1.model import standard_names
+from llmga.stage1.model_checks import ADAPTER_CONFIG, is_adapter
 
 
 def accept_saved_names(model: nn.Module) -> None:
@@ -34,8 +35,7 @@ def check_same_adapter(checkpoint: Path, model: nn.Module) -> None:
     Raises:
         ResumeError: with what the checkpoint holds and what the run trains.
     """
-    file = checkpoint / "adapter_config.json"
-    saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    saved = json.loads((checkpoint / ADAPTER_CONFIG).read_text(encoding="utf-8")) if is_adapter(checkpoint) else None
     before = "whole weights" if saved is None else _described(saved["r"], saved["target_modules"])
     config = model.peft_config["default"] if isinstance(model, PeftModel) else None
     now = "whole weights" if config is None else _described(config.r, config.target_modules)

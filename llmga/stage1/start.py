@@ -1,6 +1,5 @@
 """What a run starts from: the configured model, ready to be trained."""
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaProcessor
 
+from llmga.provenance import read_provenance
 from llmga.runtime import on_main, seed_everything, without_zero3
 from llmga.stage1.added_tokens import add_generation_tags, add_tag_tokens, num_token_ids
 from llmga.stage1.build import build_mllm, build_processor
@@ -112,7 +112,7 @@ def base_folder(settings: ModelConfig, folder: Path) -> Path:
         for name in ("path", "llm", "vision_tower", "projector", "chat_template", "system_prompt")
     } | {"tag_name": tag_name(tags)}
     if folder.is_dir():
-        before = json.loads((folder / "provenance.json").read_text(encoding="utf-8")).get("made_from")
+        before = read_provenance(folder).get("made_from")
         if before == made_from:
             return folder
         changed = [name for name in made_from if not before or before.get(name) != made_from[name]]
@@ -147,12 +147,6 @@ def _system_text(settings: ModelConfig) -> str | None:
         return settings.system_prompt.read_text(encoding="utf-8").strip()
     except UnicodeDecodeError as error:
         raise ModelError(f"{settings.system_prompt} is no UTF-8 text ({error.reason}); save it as UTF-8") from error
-
-
-def input_paths(settings: ModelConfig) -> list[Path]:
-    """Files and folders that a run's model is made from."""
-    given: list[Any] = [settings.path, settings.llm, settings.vision_tower, settings.projector, settings.system_prompt]
-    return [path for path in given if path is not None]
 
 
 def save_result(

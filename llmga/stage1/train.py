@@ -19,12 +19,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from llmga.bad_samples import BAD_SAMPLES_FILE, BadSampleBudget
 from llmga.checkpoint import checkpoint_step, read_marker
-from llmga.config import dump_config
+from llmga.config import dump_config, paths_in
 from llmga.engine import engine_name
-from llmga.environment import environment
 from llmga.mixture import rows_per_epoch
 from llmga.nodes.preflight import start_together
 from llmga.progress import RunProgress
+from llmga.provenance import made_with
 from llmga.run_folder import RunFolder, check_fits, explaining_full_disk, hashes, way_on
 from llmga.runtime import (
     Interrupted,
@@ -47,7 +47,7 @@ from llmga.stage1.packing import PackingCollator
 from llmga.stage1.resume import accept_saved_names, check_same_adapter, complete_checkpoint
 from llmga.stage1.sample_page import SamplePages
 from llmga.stage1.samples import answer_questions, draw_questions
-from llmga.stage1.start import Start, input_paths, save_result, start_model
+from llmga.stage1.start import Start, save_result, start_model
 from llmga.stage1.watch import BatchWatch, NamedBatches
 
 logger = logging.getLogger(__name__)
@@ -260,7 +260,7 @@ def _provenance(cfg: Stage1Config, start: Start, step: int, figures: Figures) ->
         "chat_template": row_of(start.mllm.tokenizer.chat_template) or "the tokenizer's own",
         "steps": step,
         **figures.totals,
-        "inputs": hashes([*input_paths(cfg.model), *(source.path for source in cfg.data.sources)]),
+        "inputs": hashes([*(path for _, path in paths_in(cfg.model)), *(source.path for source in cfg.data.sources)]),
         "config": dump_config(cfg),
-        **{key: value for key, value in environment().items() if key in ("commit", "versions")},
+        **made_with(),
     }

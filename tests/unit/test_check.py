@@ -10,6 +10,7 @@ import json
 import os
 import tracemalloc
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,9 +22,9 @@ from typer.testing import CliRunner
 from llmga.check.kinds import KINDS, SEVERITIES
 from llmga.check.picture_check import PictureFacts, check_picture
 from llmga.check.pool import Pool
-from llmga.check.row_check import main_script
+from llmga.check.row_check import RowResults, joined, main_script
 from llmga.check.row_file import index_rows
-from llmga.check.run import _RowJob, _rows_crashed, run_check
+from llmga.check.run import _check_row_jobs, _halves, _RowJob, _rows_crashed, run_check
 from llmga.check.sets import find_sets
 from llmga.check.settings import CheckError, CheckSettings
 from llmga.check.store import Store
@@ -376,13 +377,29 @@ def die_at_seven(items: Sequence[int]) -> list[int]:
     return [item * item for item in items]
 
 
-def test_no_row_of_a_piece_whose_reader_died_counts_as_usable(tmp_path: Path) -> None:
-    manifest = data_set(tmp_path, row())
+def die_at_row_7(jobs: Sequence[_RowJob]) -> list[RowResults]:
+    if any(job.start <= 7 < job.stop for job in jobs):
+        os._exit(11)
+    return _check_row_jobs(jobs)
+
+
+def test_of_a_piece_whose_reader_died_only_the_row_at_fault_is_lost(tmp_path: Path) -> None:
+    manifest = data_set(tmp_path, *(row(id=f"r{i}", caption="a word " * (i % 5 + 1)) for i in range(12)))
     (source,) = find_sets(CheckSettings(manifest))
-    job = _RowJob(source, index_rows(source, tmp_path / "work", 0), 2000, 2500, CheckSettings(manifest))
-    found = _rows_crashed(job)
-    assert [finding.row for finding in found.findings] == list(range(2000, 2500))
-    assert {finding.code for finding in found.findings} == {"unreadable_file"} and not found.counts["records"]
+    job = _RowJob(source, index_rows(source, tmp_path / "work", 0), 0, 12, CheckSettings(manifest))
+    ((_, (found,)),) = Pool(die_at_row_7, 2, _rows_crashed, _halves, joined).map([(0, [job])])
+    (around,) = _check_row_jobs([replace(job, stop=7)])
+    (behind,) = _check_row_jobs([replace(job, start=8)])
+    assert [(f.row, f.code, f.detail) for f in found.findings if f.code == "unreadable_file"] == [
+        (7, "unreadable_file", "the process that read row 7 died; is there enough memory?")
+    ]
+    whole = joined(around, behind)
+    told = [(each.uses, each.keys, each.counts, each.lengths) for each in (found, whole)]
+    assert told[0] == told[1]
+    assert found.counts["records"] == 11
+    (all_rows,) = _check_row_jobs([job])
+    halves = [_check_row_jobs([half])[0] for half in _halves(job)]
+    assert joined(*halves) == all_rows
 
 
 def test_a_decoder_that_takes_its_process_with_it_is_known_by_name() -> None:

@@ -58,7 +58,7 @@ class RecordConfig:
     phrasing: Literal["train", "held_out"] = "train"  # which instructions are drawn
     language: str = DataConfig.language  # of the instructions
     picture_size: AtLeastOne = 512  # pixels a side of what the model is shown; masks are drawn at it
-    picture_mode: Literal["squash", "crop", "pad", "laion"] = DataConfig.picture_mode
+    picture_mode: Literal["squash", "crop", "pad", "laion", "clip"] = DataConfig.picture_mode
     batch_size: AtLeastOne = 32  # rows written to the disk together, and answered together by a model of ours
     precision: Literal["bf16", "fp32"] = "bf16"  # of the model's weights
     max_chunks: AtLeastOne = 4  # of 75 CLIP tokens: what the statistics count lost words by
