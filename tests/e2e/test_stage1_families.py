@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, Trainer
 
 from llmga.checkpoint import latest_checkpoint
 from llmga.config import load_config
@@ -27,7 +27,7 @@ from llmga.stage1.model import ModelError, load_mllm
 from llmga.stage1.preview import write_preview
 from llmga.stage1.reply import Prompt, generate_replies
 from llmga.stage1.train import train
-from tests.base_models import FAMILIES, make_llm, make_tower
+from tests.base_models import FAMILIES, IMAGE_SIZE_PX, make_llm, make_tower
 from tests.e2e.stage1_run import ROOT, losses, make_inputs, sample_ids, succeed, weights
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -89,6 +89,37 @@ def test_a_pretrained_projector_starts_the_next_run(settings: Path) -> None:
         if "projector" in name:
             assert torch.equal(start[name.removeprefix("model.")], tensor)
     assert "What" in write_preview(cfg, folder / "preview.html", num_examples=2, num_measured=4).read_text()
+
+
+def test_a_projector_is_pretrained_in_bf16_on_a_frozen_llm_in_bf16(
+    settings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the projector recipes do it; what learns is float32 all the same, or steps of 1e-3 would be lost."""
+    folder, seen = settings.parent / "runs" / "pretrain_bf16", {}
+    step = Trainer.training_step
+
+    def spy(self: Trainer, model: torch.nn.Module, *how: Any) -> torch.Tensor:
+        seen.update({name: (parameter.requires_grad, parameter.dtype) for name, parameter in model.named_parameters()})
+        return step(self, model, *how)
+
+    monkeypatch.setattr(Trainer, "training_step", spy)
+    overrides = ("model.trainable=projector", "model.tags=text", "run.precision=bf16", "data.picture_mode=clip")
+    overrides += (f"data.picture_size={IMAGE_SIZE_PX}", f"run.output_dir={folder}")
+    final = train(of_parts(settings, "qwen2", "clip", *overrides))
+    projector = {name for name in seen if "multi_modal_projector" in name}
+    assert {seen[name] for name in projector} == {(True, torch.float32)} and len(projector) == 4
+    assert {seen[name] for name in seen.keys() - projector} == {(False, torch.bfloat16)}
+    whole = train(
+        of_parts(settings, "qwen2", "clip", *overrides, "run.precision=fp32", f"run.output_dir={folder}_fp32")
+    )
+    figures, expected = losses(folder), losses(whole.parent)
+    assert list(figures) == [1, 2, 3, 4, 5, 6] and figures != expected
+    assert figures == pytest.approx(expected, abs=0.02)
+    before, after = weights(folder / "base"), weights(final)
+    for name, tensor in after.items():
+        if name in before:  # the projector lies there a second time, in a file of its own
+            same = torch.equal(tensor, before[name].to(torch.bfloat16))
+            assert tensor.dtype == torch.bfloat16 and same != ("multi_modal_projector" in name), name
 
 
 def test_a_run_folder_keeps_to_its_parts(settings: Path) -> None:
