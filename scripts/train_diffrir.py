@@ -9,7 +9,6 @@ saves and stops; the same command goes on. `make diffrir` starts several process
 Exit codes: 0 done, 1 failed, 2 bad input or settings, 130 interrupted with the state saved.
 """
 
-import sys
 from typing import Any
 
 from llmga.diffrir.config import DiffRIRConfig
@@ -28,4 +27,7 @@ def _train(cfg: DiffRIRConfig) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    from llmga.runtime import leave
+
+    leave(code)

@@ -10,7 +10,6 @@ Exit codes: 0 done, 1 failed, 2 bad input or settings, 130 interrupted with the 
 """
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,4 +52,7 @@ def _show_plan(config: Path, overrides: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    from llmga.runtime import leave
+
+    leave(code)
