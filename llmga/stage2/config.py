@@ -127,7 +127,6 @@ class CacheConfig:
     path: Path | None = None  # folder of the cache
     crops: AtLeastOne = 1  # random crops kept of each picture; 1 with crop: center
     precision: Literal["fp16", "fp32"] = "fp16"  # of the stored latents
-    text_states: bool = False  # also of the prompts: 0.5 MB each for SD1.5, so for small sets only
     rows_per_shard: AtLeastOne = 2048
 
 
