@@ -206,6 +206,13 @@ class SamplesConfig:
 
 
 @dataclass(config=STRICT)
+class MllmOptimConfig(OptimConfig):
+    """AdamW and its schedule, or Muon for the weight matrices of the LLM's blocks."""
+
+    matrix_lr: Annotated[float, Limits(gt=0)] | None = None  # Muon's rate, in AdamW's scale; None: AdamW for all
+
+
+@dataclass(config=STRICT)
 class Stage1Config:
     """Fine-tune a LLaVA-style MLLM on requests, answers and generation prompts."""
 
@@ -213,13 +220,19 @@ class Stage1Config:
     data: DataConfig
     run: RunConfig
     samples: SamplesConfig = field(default_factory=SamplesConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: MllmOptimConfig = field(default_factory=MllmOptimConfig)
 
     @combination("model.attention", "run.precision")
     def _flash_attention_precision(self) -> str | None:
         if self.model.attention != "flash_attention_2" or self.run.precision == "bf16":
             return None
         return f"flash_attention_2 computes in bf16 only, found {self.run.precision}; set one of the two otherwise"
+
+    @combination("optim.matrix_lr", "run.deepspeed")
+    def _muon_needs_whole_matrices(self) -> str | None:
+        if self.optim.matrix_lr is None or self.run.deepspeed is None:
+            return None
+        return "Muon needs each weight matrix whole, which DeepSpeed spreads; remove matrix_lr, or run.deepspeed"
 
     @combination("data.packing", "model.attention")
     def _packing_needs_separation(self) -> str | None:

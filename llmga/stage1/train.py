@@ -43,6 +43,7 @@ from llmga.stage1.config import Stage1Config
 from llmga.stage1.data import Collator, Stage1Dataset, build_datasets
 from llmga.stage1.held_out import mean_token_loss, token_losses
 from llmga.stage1.model import Mllm
+from llmga.stage1.muon import Muon
 from llmga.stage1.packing import PackingCollator
 from llmga.stage1.resume import accept_saved_names, check_same_adapter, complete_checkpoint
 from llmga.stage1.sample_page import SamplePages
@@ -128,7 +129,7 @@ def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals
         answer = _answerer(cfg, run, ranks, engine, mllm, held_out, checkpoint)
         callbacks.append(SampleReplies(cfg.run.sample_every_steps, answer, figures))
     fed, collator = _feed(cfg, data, examples_per_step)
-    trainer = _trainer(start, arguments, fed, collator, held_out, callbacks)
+    trainer = _trainer(cfg, start, arguments, fed, collator, held_out, callbacks)
 
     # Run
     if signals.agreed():
@@ -188,6 +189,7 @@ def _bad_samples(
 
 
 def _trainer(
+    cfg: Stage1Config,
     start: Start,
     arguments: TrainingArguments,
     fed: Dataset,
@@ -196,6 +198,8 @@ def _trainer(
     callbacks: list[TrainerCallback],
 ) -> Trainer:
     """The Trainer, with its callbacks in order."""
+    matrix_lr = cfg.optim.matrix_lr
+    muon = None if matrix_lr is None else Muon(start.trained, cfg.optim, matrix_lr)
     trainer = Trainer(
         model=start.trained,
         args=arguments,
@@ -205,6 +209,7 @@ def _trainer(
         compute_metrics=mean_token_loss,
         preprocess_logits_for_metrics=token_losses,
         callbacks=callbacks,
+        optimizers=(muon, None),  # where None stands the Trainer makes its own: AdamW, and the schedule
     )
     _order_callbacks(trainer)
     return trainer

@@ -3,35 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from llmga.records import Message, Record
 from llmga.toyworld.chat import sample_chat
-from llmga.toyworld.describe import describe
-from llmga.toyworld.edits import sample_edit
+from llmga.toyworld.describe import BACKGROUND, describe
+from llmga.toyworld.edits import Edit, feasible_kinds, sample_edit
 from llmga.toyworld.questions import Question, as_sentence, name_object, sample_questions
 from llmga.toyworld.scene import Scene, facts_to_list
 from llmga.toyworld.wording import PLACES, pick
 
 CORPORA: dict[str, dict[str, float]] = {
-    "base": {"brief": 0.06, "medium": 0.18, "find": 0.22, "imagine": 0.22, "questions": 0.22, "chat": 0.1},
+    "base": {
+        "brief": 0.08,
+        "medium": 0.14,
+        "find": 0.2,
+        "aim": 0.1,
+        "imagine": 0.14,
+        "questions": 0.24,
+        "chat": 0.1,
+    },
     "stage1": {
-        "prompt_refinement": 0.15,
+        "prompt_refinement": 0.13,
         "similar_image": 0.15,
         "inpainting": 0.12,  # half of the masks drawn for these are outpainting, too
-        "outpainting": 0.03,
-        "editing": 0.32,  # the hardest: to find what is meant, to change it, and to leave the rest alone
-        "questions": 0.15,
+        "outpainting": 0.04,
+        "editing": 0.27,  # the hardest: to find what is meant, to change it, and to leave the rest alone
+        "aim": 0.05,
+        "questions": 0.16,
         "chat": 0.08,
     },
 }
 """Corpus -> part -> weight: what a base MLLM has seen (no long captions, nothing to draw), and what stage 1 trains."""
 
 MAX_QUESTIONS = 8
-FIND_KINDS = ("where", "at", "colour", "shape")
+FIND_KINDS = ("where",) * 4 + ("at", "colour", "shape")
 """Questions that lead from a description to a place or from a place to what is there."""
+AIM_REQUESTS = (
+    "{instruction} Which place does this change?",
+    "Where would this change be seen? {instruction}",
+    "{instruction} Where is the shape that is meant?",
+    "Say only which place is meant. {instruction}",
+    "{instruction} Which place is that?",
+)
+"""Which shape an edit means, answered by its place."""
+HARD_EDITS = ("recolour", "add", "move")
+"""Kinds of edits that are learned last."""
 IMAGINE_REQUESTS = (
     "{instruction} What is in the {place} then?",
     "Imagine this change: {instruction} What would the {place} hold?",
@@ -104,6 +123,20 @@ def _questions(scene: Scene, rng: np.random.Generator) -> _Drawn:
     return _conversation(sample_questions(scene, rng, int(rng.integers(1, MAX_QUESTIONS + 1))))
 
 
+def _aim(scene: Scene, rng: np.random.Generator) -> _Drawn:
+    asked: dict[str, Question] = {}
+    for _ in range(int(rng.integers(2, MAX_QUESTIONS + 1))):
+        edit = sample_edit(scene, rng, pick(rng, ("recolour", "reshape", "retexture", "resize")))
+        (cell,) = {cell for _, cell in edit.requested}
+        assert cell is not None
+        place = PLACES[scene.geometry.grid][cell]
+        if place in edit.instruction and asked:
+            continue  # too easy to be asked often
+        question = pick(rng, AIM_REQUESTS).format(instruction=_closed(edit.instruction))
+        asked[question] = Question(question, as_sentence(place), "aim")
+    return _conversation(list(asked.values()))
+
+
 def _imagine(scene: Scene, rng: np.random.Generator) -> _Drawn:
     edit = sample_edit(scene, rng)
     changed = sorted({cell for _, cell in edit.requested if cell is not None})
@@ -145,10 +178,27 @@ def _captioned(scene: Scene, rng: np.random.Generator) -> _Drawn:
 
 
 def _editing(scene: Scene, rng: np.random.Generator) -> _Drawn:
-    edit = sample_edit(scene, rng)
-    changed = {cell for _, cell in edit.requested}
-    captions = {"caption": describe(scene, rng).text, "target_caption": describe(edit.target, rng, first=changed).text}
-    return {**captions, "instruction": edit.instruction}, {"edit": edit.to_dict()}
+    return _edited(scene, rng, sample_edit(scene, rng))
+
+
+def _plain_editing(scene: Scene, rng: np.random.Generator) -> _Drawn:
+    kinds = feasible_kinds(scene)
+    hard = [kind for kind in HARD_EDITS if kind in kinds]
+    return _edited(scene, rng, sample_edit(scene, rng, pick(rng, hard if rng.random() < 0.6 else kinds)), varied=False)
+
+
+def _edited(scene: Scene, rng: np.random.Generator, edit: Edit, varied: bool = True) -> _Drawn:
+    target = describe(edit.target, rng, first=_changed_place(edit), varied=varied)
+    fields = {"caption": describe(scene, rng).text, "target_caption": target.text, "instruction": edit.instruction}
+    return fields, {"edit": edit.to_dict()}
+
+
+def _changed_place(edit: Edit) -> int | Literal["background"]:
+    """The cell that an edit changes, the one with the object where it moves one; or the background."""
+    changed = {cell for _, cell in edit.requested if cell is not None}
+    if not changed:
+        return BACKGROUND
+    return next((obj.cell for obj in edit.target.objects if obj.cell in changed), min(changed))
 
 
 def _conversation(questions: list[Question]) -> _Drawn:
@@ -166,6 +216,7 @@ PARTS: dict[str, tuple[str, Callable[[Scene, np.random.Generator], _Drawn]]] = {
     "medium": ("vqa", _medium),
     "questions": ("vqa", _questions),
     "find": ("vqa", _find),
+    "aim": ("vqa", _aim),
     "imagine": ("vqa", _imagine),
     "chat": ("qa", _chat),
     "prompt_refinement": ("prompt_refinement", _refinement),
@@ -173,6 +224,7 @@ PARTS: dict[str, tuple[str, Callable[[Scene, np.random.Generator], _Drawn]]] = {
     "inpainting": ("inpainting", _captioned),
     "outpainting": ("outpainting", _captioned),
     "editing": ("editing", _editing),
+    "plain_editing": ("editing", _plain_editing),
 }
 """Part of a corpus -> the task of its records, and what draws their fields and `meta`."""
 TEXT_ONLY = ("qa", "prompt_refinement")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -15,6 +15,8 @@ from llmga.toyworld.scene import Obj, Scene
 from llmga.toyworld.wording import COUNTS, PLACES, fill, pick, say
 
 Style = Literal["long", "medium", "brief"]
+BACKGROUND: Literal["background"] = "background"
+"""Where a caption may begin instead of at a cell."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,11 @@ class Caption:
 
 
 def describe(
-    scene: Scene, rng: np.random.Generator, style: Style = "long", first: Collection[int | None] = ()
+    scene: Scene,
+    rng: np.random.Generator,
+    style: Style = "long",
+    first: int | Literal["background"] | None = None,
+    varied: bool = True,
 ) -> Caption:
     """Say what a scene shows.
 
@@ -52,13 +58,14 @@ def describe(
         style: `long` says every fact, a sentence each object, in shuffled order, 77 to 190 CLIP tokens in the
             learnable world; `brief` says background, count and one object's colour and shape; `medium` says some or all
             facts shortly and in any order, within CLIP's window where the scene is not crowded.
-        first: cells whose objects a long caption tells before all others, None for the background; a caption that was
-            asked for a change names it first.
+        first: where a long caption begins, as one that was asked for a change begins with it: a cell, from which the
+            objects follow in reading order and round, the background anywhere behind the first; or the background.
+        varied: False words every long caption alike, so that all there is to learn in it is what the scene holds.
     Raises:
         ValueError: the style is unknown.
     """
     if style == "long":
-        return _long(scene, rng, first)
+        return _long(scene, rng, first, varied)
     if style == "brief":
         return _brief(scene, rng)
     if style == "medium":
@@ -69,13 +76,18 @@ def describe(
 _Piece = tuple[str, list[Fact]]
 
 
-def _long(scene: Scene, rng: np.random.Generator, first: Collection[int | None]) -> Caption:
-    middle = [_object(rng, wording.OBJECTS, scene, obj) for obj in scene.objects]
-    middle.append(_ground(rng, wording.GROUNDS, scene))
-    rng.shuffle(middle)
-    middle.sort(key=lambda piece: piece[1][0].cell not in first)
-    closing: _Piece = (pick(rng, wording.CLOSINGS), [])
-    return _join([_count(rng, wording.OPENINGS, scene), *middle, closing])
+def _long(scene: Scene, rng: np.random.Generator, first: int | str | None, varied: bool) -> Caption:
+    wordings = (wording.OPENINGS, wording.OBJECTS, wording.GROUNDS, wording.CLOSINGS)
+    openings, objects, grounds, closings = wordings if varied else [patterns[:1] for patterns in wordings]
+    ground = _ground(rng, grounds, scene)
+    num_cells = scene.geometry.grid**2
+    start = first if isinstance(first, int) else int(rng.integers(num_cells))
+    in_turn = sorted(scene.objects, key=lambda obj: (obj.cell - start) % num_cells)
+    middle = [_object(rng, objects, scene, obj, varied) for obj in in_turn]
+    middle.insert(0 if first == BACKGROUND else int(rng.integers(1, len(middle) + 1)), ground)
+    if first is None:
+        rng.shuffle(middle)
+    return _join([_count(rng, openings, scene), *middle, (pick(rng, closings), [])])
 
 
 def _brief(scene: Scene, rng: np.random.Generator) -> Caption:
@@ -105,8 +117,8 @@ def _medium(scene: Scene, rng: np.random.Generator) -> Caption:
     return _join(pieces)
 
 
-def _object(rng: np.random.Generator, patterns: Sequence[str], scene: Scene, obj: Obj) -> _Piece:
-    words = {kind: say(rng, kind, value) for kind, value in obj.attributes().items()}
+def _object(rng: np.random.Generator, patterns: Sequence[str], scene: Scene, obj: Obj, varied: bool = True) -> _Piece:
+    words = {kind: say(rng, kind, value, varied) for kind, value in obj.attributes().items()}
     words["place"] = PLACES[scene.geometry.grid][obj.cell]
     text, spans = fill(pick(rng, patterns), words)
     return text, [Fact(kind, obj.cell, getattr(obj, kind), *span) for kind, span in spans.items() if kind != "place"]

@@ -147,10 +147,12 @@ def pick(rng: np.random.Generator, patterns: Sequence[str]) -> str:
     return patterns[int(rng.integers(len(patterns)))]
 
 
-def say(rng: np.random.Generator, slot: str, value: str) -> str:
-    """A word for a value: the usual one three times out of four."""
+def say(rng: np.random.Generator, slot: str, value: str, varied: bool = True) -> str:
+    """A word for a value: the usual one three times out of four, or always."""
     words = WORDS[slot][value]
-    return words[0] if len(words) == 1 or rng.random() < 0.75 else words[int(rng.integers(1, len(words)))]
+    if len(words) == 1 or not varied or rng.random() < 0.75:
+        return words[0]
+    return words[int(rng.integers(1, len(words)))]
 
 
 @cache

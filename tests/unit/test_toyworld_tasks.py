@@ -17,7 +17,7 @@ from llmga.tokens import TAG_LITERALS
 from llmga.toyworld import chat, edits, questions
 from llmga.toyworld.corpus import draw_record
 from llmga.toyworld.edits import NOTHING, Edit, all_facts, describe_apart, holds, sample_edit
-from llmga.toyworld.grammar import parse_caption
+from llmga.toyworld.grammar import parse_caption, says
 from llmga.toyworld.questions import Question, sample_questions
 from llmga.toyworld.scene import ATTRIBUTES, PRESETS, SPLITS, Obj, Scene, sample_scene
 from llmga.toyworld.wording import PLACES, WORDS
@@ -317,7 +317,57 @@ def test_finding_leads_from_descriptions_to_places_and_back() -> None:
         record = draw_record("find", "x", "train", "x.png", sample_scene(seed), np.random.default_rng(seed))
         asked.update(record.meta["questions"])
     assert set(asked) == {"where", "at", "colour", "shape"}
-    assert asked["where"] > 0.08 * asked.total()
+    assert asked["where"] > 0.25 * asked.total()
+
+
+def test_aiming_asks_which_shape_an_edit_means_mostly_without_naming_its_place() -> None:
+    named, answers = [], Counter()
+    for seed in range(300):
+        scene = sample_scene(seed)
+        record = draw_record("aim", "x", "train", "x.png", scene, np.random.default_rng(seed))
+        occupied = {PLACES[scene.geometry.grid][obj.cell] for obj in scene.objects}
+        for question, answer in zip(record.messages[::2], record.messages[1::2], strict=True):
+            place = answer["content"].rstrip(".").lower()
+            assert place in occupied
+            answers[place] += 1
+            named.append(place in question["content"].lower())
+    assert 0.02 < np.mean(named) < 0.4
+    assert set(answers) == set(PLACES[2]) and min(answers.values()) > 0.18 * answers.total()
+
+
+def test_an_edited_caption_begins_with_the_change_and_goes_round() -> None:
+    for seed in range(200):
+        scene = sample_scene(seed)
+        record = draw_record("editing", "x", "train", "x.png", scene, np.random.default_rng(seed))
+        edit = Edit.from_dict(record.meta["edit"])
+        first = record.target_caption.split(". ")[1]
+        places = PLACES[scene.geometry.grid]
+        told = [places.index(found) for found in re.findall("|".join(places), record.target_caption)]
+        assert sorted(told) == sorted(obj.cell for obj in edit.target.objects)
+        if edit.kind == "background":
+            assert edit.target.background in first
+            continue
+        steps = [(cell - told[0]) % 4 for cell in told]
+        assert steps == sorted(steps)
+        if edit.kind == "remove":
+            (gone,) = {cell for _, cell in edit.requested}
+            assert all((cell - gone) % 4 >= (told[0] - gone) % 4 for cell in told)
+        else:
+            changed = {cell for _, cell in edit.requested}
+            assert told[0] in changed
+
+
+def test_plain_edits_are_worded_alike_and_say_the_same_facts() -> None:
+    openings = set()
+    for seed in range(60):
+        scene = sample_scene(seed)
+        record = draw_record("plain_editing", "x", "train", "x.png", scene, np.random.default_rng(seed))
+        edit = Edit.from_dict(record.meta["edit"])
+        assert record.task == "editing"
+        assert says(parse_caption(record.target_caption), edit.target)
+        openings.add(re.sub("two|three|four", "N", record.target_caption.split(". ")[0]))
+        assert not re.search("little|big|disc", record.target_caption)
+    assert len(openings) == 1
 
 
 def test_imagining_asks_for_every_changed_place_and_answers_from_the_edited_scene() -> None:

@@ -1,0 +1,107 @@
+"""Muon: momentum whose updates are made orthogonal, for weight matrices; AdamW for all else (Jordan et al., 2024).
+
+torch's own `Muon` computes in bfloat16 alone, which a CPU does hundreds of times slower than float32, and takes one
+matrix at a time; this one takes all matrices of a shape together.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmga.config import OptimConfig
+
+_QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan's Newton-Schulz step: steep at 0, near 1 between 0.7 and 1.2
+_STEPS = 5
+_MOMENTUM = 0.95
+_RMS = 0.2  # of an update's entries, as AdamW's are wont to have (Liu et al., 2025, section 2.2)
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for the blocks' weight matrices, AdamW for embeddings, norms, biases and the projector.
+
+    Args:
+        model: gives the parameters to train.
+        optim: settings of AdamW; `optim.matrix_lr` is the rate of the matrices, in AdamW's scale.
+    """
+
+    def __init__(self, model: nn.Module, optim: OptimConfig, matrix_lr: float) -> None:
+        matrices, others = split_parameters(model)
+        groups: list[dict[str, Any]] = [
+            {"params": [parameter for parameter in others if parameter.ndim > 1]},
+            {"params": [parameter for parameter in others if parameter.ndim <= 1], "weight_decay": 0.0},
+            {"params": matrices, "lr": matrix_lr, "matrices": True},
+        ]
+        settings = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
+        super().__init__([group for group in groups if group["params"]], **settings, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of both kinds."""
+        gradients = {p: p.grad for group in self._of_matrices() for p in group["params"] if p.grad is not None}
+        for parameter in gradients:
+            parameter.grad = None  # AdamW passes over it
+        loss = super().step(closure)
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        for group in self._of_matrices():
+            self._update(group)
+        return loss
+
+    def _of_matrices(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group.get("matrices")]
+
+    def _update(self, group: dict[str, Any]) -> None:
+        shapes: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                shapes[tuple(parameter.shape)].append(parameter)
+        for shape, parameters in shapes.items():
+            updates = orthogonal(torch.stack([self._momentum(parameter) for parameter in parameters]))
+            rate = group["lr"] * _RMS * max(shape) ** 0.5
+            for parameter, update in zip(parameters, updates, strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+
+    def _momentum(self, parameter: nn.Parameter) -> Tensor:
+        """Nesterov's look ahead along the running mean of the gradients."""
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+            state["step"] = torch.zeros(())  # AdamW looks for it when it reads a saved state
+        mean = state["momentum"].lerp_(parameter.grad, 1 - _MOMENTUM)
+        return parameter.grad.lerp(mean, _MOMENTUM)
+
+
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The trained weight matrices of the LLM's blocks, and all other trained parameters."""
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_matrix = parameter.ndim == 2 and ".layers." in name and "projector" not in name
+            (matrices if is_matrix else others).append(parameter)
+    return matrices, others
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """The nearest orthogonal matrices, roughly: all singular values are brought to between 0.7 and 1.2.
+
+    Args:
+        matrices: (N, rows, columns); on a CPU computed as they are, on a GPU in bfloat16.
+    Returns:
+        (N, rows, columns) in the same dtype.
+    """
+    flat = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    x = flat.to(torch.bfloat16 if flat.is_cuda else flat.dtype)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    a, b, c = _QUINTIC
+    for _ in range(_STEPS):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    x = x.to(matrices.dtype)
+    return x.mT if flat is not matrices else x
