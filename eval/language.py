@@ -354,7 +354,7 @@ TABLE_ROWS = (
 
 DETAIL_ROWS = (
     *(("editing", "generation", f"joint:{kind}", f"editing, {kind}: joint success") for kind in EDIT_KINDS),
-    *(("vqa", "chat", f"exact_match:{kind}", f"VQA, {kind}: exact match") for kind in QUESTION_KINDS),
+    *(("vqa", "chat", f"exact_match:{kind}", f"VQA, {kind}: exact match") for kind in (*QUESTION_KINDS, "aim")),
 )
 """The same, by kind of edit and of question: shown on the page only."""
 

@@ -39,6 +39,7 @@ TITLES = {
     "editing": ("Editing", "A picture and an instruction, and the prompt for the picture it should become."),
     "questions": ("Questions", "Short answers that are exactly right or wrong."),
     "find": ("Finding", "From a description to its place, and from a place to what is there."),
+    "aim": ("Aiming", "Which shape an edit means, answered by its place."),
     "imagine": ("Imagining", "What an edit would lead to, asked place by place."),
     "brief": ("Brief captions", "Background, count and one object."),
     "medium": ("Medium captions", "Some or all facts, in any order."),
