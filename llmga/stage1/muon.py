@@ -26,7 +26,8 @@ class Muon(torch.optim.AdamW):
 
     Args:
         model: gives the parameters to train.
-        optim: settings of AdamW; `optim.matrix_lr` is the rate of the matrices, in AdamW's scale.
+        optim: settings of AdamW; its weight decay holds for the matrices too.
+        matrix_lr: rate of the matrices, on AdamW's scale.
     """
 
     def __init__(self, model: nn.Module, optim: OptimConfig, matrix_lr: float) -> None:

@@ -233,8 +233,11 @@ def test_packed_it_trains_on_the_same_samples_to_the_same_losses(
     assert counts[0] == counts[1]
 
 
-def test_packed_killed_and_run_again_ends_in_the_same_weights(settings: Path, tmp_path: Path) -> None:
-    packed = ("data.packing=true", "run.batch_size=1", "run.accumulation_steps=2", "run.num_workers=1")
+@pytest.mark.parametrize("optimizer", [(), ("optim.matrix_lr=1e-3",)], ids=["adamw", "muon"])
+def test_packed_killed_and_run_again_ends_in_the_same_weights(
+    settings: Path, tmp_path: Path, optimizer: tuple[str, ...]
+) -> None:
+    packed = ("data.packing=true", "run.batch_size=1", "run.accumulation_steps=2", "run.num_workers=1", *optimizer)
     whole = train_here(settings, *packed, f"run.output_dir={tmp_path / 'whole'}").parent
     overrides = (*packed, f"run.output_dir={tmp_path / 'killed'}")
     assert start(settings, *overrides, sabotage=die_in_step_4).wait() == [-signal.SIGKILL]
