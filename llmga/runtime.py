@@ -102,7 +102,11 @@ def init_distributed(with_deepspeed: bool = False, store: dist.Store | None = No
 
 
 def close_distributed() -> None:
-    """Leave the process group, when all ranks do so; does nothing without one."""
+    """Leave the process group, when all ranks do so; does nothing without one.
+
+    Not while an exception is handled: its traceback keeps models under DDP alive, which then take the group down with
+    them and wait, with the interpreter's lock held, for a thread of gloo's that wants the lock.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
 

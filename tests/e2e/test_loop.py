@@ -5,7 +5,6 @@ Run: pytest tests/e2e/test_loop.py
 
 import multiprocessing
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from llmga.checkpoint import latest_checkpoint
-from llmga.config import EXIT_INTERRUPTED, OptimConfig, RunConfig
-from llmga.runtime import Interrupted, close_distributed
+from llmga.config import EXIT_INTERRUPTED, EXIT_OK, OptimConfig, RunConfig
+from llmga.runtime import Interrupted, close_distributed, leave
 from tests.e2e.stage1_run import PATIENCE, ROOT, free_port
 from tests.toy_loop import ToyLoopConfig, train
 from tests.unit.test_loop import losses
@@ -42,12 +41,13 @@ def _in_this_process(variables: dict[str, str], folder: Path, run: dict[str, Any
     multiprocessing.set_start_method("fork", force=True)
     os.environ.update(variables)
     os.dup2(os.open(folder.with_name("stderr.txt"), os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)
+    code = EXIT_OK
     try:
         train(_settings(folder, run, **own))
     except Interrupted:
-        close_distributed()
-        sys.exit(EXIT_INTERRUPTED)
+        code = EXIT_INTERRUPTED
     close_distributed()
+    leave(code)
 
 
 def run_processes(folder: Path, run: dict[str, Any], processes: int = 1, **own: Any) -> list[int]:

@@ -6,12 +6,12 @@ Run: pytest tests/e2e/test_stage2_processes.py
 import multiprocessing
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 
-from llmga.runtime import close_distributed
+from llmga.config import EXIT_OK
+from llmga.runtime import close_distributed, leave
 from llmga.stage2.train import train
 from tests.e2e.stage1_run import PATIENCE, free_port
 from tests.toy_stage2 import load, make_inputs
@@ -38,7 +38,7 @@ def _train(settings: Path, overrides: tuple[str, ...], variables: dict[str, str]
         Stage2Dataset.__getitem__ = get_or_die  # type: ignore[method-assign]
     train(load(settings, *overrides))
     close_distributed()
-    sys.exit(0)
+    leave(EXIT_OK)
 
 
 def run(settings: Path, *overrides: str, processes: int = 1, kill_at: int | None = None) -> list[int | None]:
