@@ -1,7 +1,8 @@
 """Rows that could not be used: written down by whoever meets them, counted for all to see, and too many end the run.
 
-`bad_samples.jsonl` has one line per row that was replaced. It is cut back when a run resumes, as the metrics are, so a
-resumed run counts, shows and decides as an unbroken one; a picture that was mended in between counts no more.
+`bad_samples.jsonl` has one line per row that was replaced or left out. It is cut back when a run resumes, as the
+metrics are, so a resumed run counts, shows and decides as an unbroken one; a picture that was mended in between counts
+no more.
 """
 
 import json
@@ -16,8 +17,9 @@ from llmga.runtime import RunFailed
 
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
 TRAIN = "train"  # the set whose bad samples count against data.max_bad_share
-Kind = Literal["picture", "too_long"]
-KINDS: tuple[Kind, ...] = ("picture", "too_long")
+Kind = Literal["picture", "too_long", "no_room"]
+KINDS: tuple[Kind, ...] = ("picture", "too_long")  # why a row is replaced
+NO_ROOM: Kind = "no_room"  # why an example is left out of a packed row
 _BY_CHANCE = 1e-6  # what is less likely than this in a run that keeps to its share is no accident
 
 
@@ -84,11 +86,11 @@ class BadSampleBudget:
         )
 
     def counts(self, seen: int) -> Counter[str]:
-        """How many of the first `seen` examples were replaced, by kind, see `KINDS`."""
+        """How many of the first `seen` examples were replaced, or left out of a packed row, by kind."""
         return Counter(entry["kind"] for entry in self.replaced(seen))
 
     def replaced(self, seen: int) -> list[dict[str, Any]]:
-        """One entry per replaced example among the first `seen`, in order; workers have logged later ones ahead."""
+        """One entry per example not used among the first `seen`, in order; workers have logged later ones ahead."""
         if self.path.exists():
             for entry in self._lines():
                 if entry["set"] == TRAIN and (entry["kind"] == "picture" or entry["index"] not in self._entries):

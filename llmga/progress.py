@@ -82,6 +82,8 @@ def figures_line(figures: dict[str, Any]) -> str:
     if replaced:
         counts = (f"{figures[key]} {key.removeprefix('replaced_').replace('_', ' ')}" for key in replaced)
         parts.append(f"replaced: {', '.join(counts)}")
+    if figures.get("left_out"):
+        parts.append(f"{figures['left_out']} left out of full rows")
     return "  ".join(parts)
 
 

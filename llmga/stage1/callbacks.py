@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llmga.bad_samples import KINDS, BadSampleBudget
+from llmga.bad_samples import KINDS, NO_ROOM, BadSampleBudget
 from llmga.checkpoint import checkpoint_path, keep_last, mark_complete
 from llmga.progress import RunProgress
 from llmga.runtime import MetricsLog, Ranks, StopSignal, barrier, memory_gb, on_main
@@ -28,7 +28,7 @@ class Figures(TrainerCallback):
         progress: the bar or the lines.
         ranks: rank 0 writes.
         samples_per_epoch: rows of all sources together.
-        replaced: how many examples were replaced up to a step, by kind.
+        replaced: how many examples were replaced or left out up to a step, by kind.
     Attributes:
         totals: samples, tokens and trained tokens since the run began, over all ranks and restarts.
     """
@@ -110,6 +110,8 @@ class Figures(TrainerCallback):
         if self.ranks.is_main:
             replaced = self.replaced(state.global_step)
             logs.update({f"replaced_{kind}": replaced[kind] for kind in KINDS})
+            if replaced[NO_ROOM]:
+                logs["left_out"] = replaced[NO_ROOM]
         self._new = dict.fromkeys(self.totals, 0)
         self._busy = 0.0
 
@@ -189,7 +191,7 @@ class BadSamples(TrainerCallback):
         self.budget, self.examples_per_step = budget, examples_per_step
 
     def counts(self, step: int) -> Mapping[str, int]:
-        """Replaced examples up to a step, by kind."""
+        """Replaced and left out examples up to a step, by kind."""
         return self.budget.counts(step * self.examples_per_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -169,7 +169,8 @@ class DataConfig:
     picture_mode: Literal["squash", "crop", "pad", "laion", "clip"] = "squash"  # how a picture becomes square
     max_length: AtLeastOne = 2048  # tokens, picture tokens included
     packing: bool = False  # a batch's conversations end to end in one row, without padding: same loss, less time
-    too_long: Literal["drop", "error"] = "drop"  # a longer example is replaced and counted, or stops the run
+    max_tokens: AtLeastOne | None = None  # of a packed row, what finds no room is left out; None: batch x max_length
+    too_long: Literal["drop", "error"] = "drop"  # what is longer is replaced or left out, and counted; or stops the run
     max_bad_share: Share = 0.001  # of the run's examples; it stops when more of them had an unreadable picture
     similar_generate_share: Share = 0.7  # similar image: asked to generate (tagged), else to describe
     refine_generate_share: Share = 0.5  # prompt refinement: asked to generate (tagged), else to expand the text
@@ -185,6 +186,19 @@ class DataConfig:
             f"found {self.language}, expected a language of llmga/stage1/instructions.yaml: {', '.join(known)}"
             f"{nearest_word(self.language, known)}"
         )
+
+    @combination("max_tokens", "packing", "max_length")
+    def _row_holds_an_example(self) -> str | None:
+        if self.max_tokens is None:
+            return None
+        if not self.packing:
+            return f"{self.max_tokens} bounds packed rows, and packing is off; set packing, or remove max_tokens"
+        if self.max_tokens < self.max_length:
+            return (
+                f"a row of {self.max_tokens} tokens has no room for an example of {self.max_length}; "
+                "raise max_tokens, or lower max_length"
+            )
+        return None
 
     @combination("sources")
     def _at_least_one_source(self) -> str | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from llmga.bad_samples import TRAIN, Kind, write_down
+from llmga.bad_samples import NO_ROOM, TRAIN, Kind, write_down
 from llmga.images import PictureError, open_picture, picture_path
 from llmga.mixture import Mixture, rows_per_epoch
 from llmga.records import Record
@@ -114,7 +114,11 @@ class Stage1Dataset(Dataset[dict[str, Any]]):
         return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """input_ids, labels (lists of int), pixel_values ((3, H, W) float32 or None), sample_id (the index), held_out.
+        """What batches are made of.
+
+        Returns:
+            input_ids, labels (lists of int), pixel_values ((3, H, W) float32 or None), sample_id (the index), row (of
+            its source), held_out.
 
         Raises:
             SampleError: see `sample`.
@@ -125,6 +129,7 @@ class Stage1Dataset(Dataset[dict[str, Any]]):
             "labels": sample.encoded.labels,
             "pixel_values": sample.pixel_values,
             "sample_id": index,
+            "row": sample.row,
             "held_out": self.name != TRAIN,
         }
 
@@ -152,6 +157,23 @@ class Stage1Dataset(Dataset[dict[str, Any]]):
             f"{len(tried)} rows of {source.path} tried one after the other cannot be used, so image_root or "
             f"data.max_length is likely wrong; they are {'; '.join(tried)}"
         )
+
+    def leave_out(self, index: int, row: int, reason: str) -> None:
+        """Write an example down that its batch has no room for.
+
+        Args:
+            index, row: `sample_id` and `row` of the example.
+        Raises:
+            SampleError: `too_long` is "error".
+        """
+        source = self.sources[self.order[index][0]]
+        record = source[row]
+        if self.too_long == "error":
+            raise SampleError(
+                f"{source.place(row)}: record {record.id!r}: {reason}; raise data.max_tokens, or set "
+                "data.too_long=drop to leave it out"
+            )
+        self._write_down(index, source, row, record, _Unusable(NO_ROOM, reason))
 
     def _candidates(self, number: int, row: int, epoch: int) -> Iterator[int]:
         """The row itself, then others of its source in its place, drawn by the seed, none twice."""

@@ -8,6 +8,7 @@
 A packed batch has no attention mask. Which tokens see each other is told by `cu_seq_lens_q` alone, in the form that
 flash attention reads; `llmga.stage1.packed_attention` reads it for SDPA. Loss and gradients are those of the padded
 batch of the same examples, so packing changes neither the order of the data, nor the steps of a run, nor resuming.
+How long a row becomes is chance, unless `RowLimit` bounds it.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmga.stage1.data import Collator
+from llmga.stage1.data import Collator, Stage1Dataset
 from llmga.stage1.packed_attention import SEPARATING_ATTENTION, PackingError, refuse
 from llmga.tokens import IGNORE_INDEX
 
@@ -70,6 +71,41 @@ class PackingCollator:
             "max_length_q": max(lengths),
             "max_length_k": max(lengths),
         }
+
+
+class RowLimit:
+    """Leaves out of a training batch what a packed row of so many tokens has no room for, written down and counted.
+
+    The examples are taken in order, each that still fits. One is always taken, so a text alone, with the segment of a
+    black picture behind it, may be longer than the limit by that segment.
+
+    Args:
+        data: where the examples come from; writes down what is left out.
+        max_tokens: of a row, at least `data.max_length`.
+    """
+
+    def __init__(self, data: Stage1Dataset, max_tokens: int) -> None:
+        self.data, self.max_tokens = data, max_tokens
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The examples that share the row, at least one; all of them when they are held out.
+
+        Raises:
+            SampleError: one has no room, and `data.too_long` is "error".
+        """
+        taken: list[dict[str, Any]] = []
+        tokens, has_picture = 0, False
+        for example in examples:
+            length = len(example["input_ids"])
+            shows = has_picture or example["pixel_values"] is not None
+            reserved = 0 if shows else self.data.num_image_tokens
+            if taken and not example["held_out"] and tokens + length + reserved > self.max_tokens:
+                reason = f"{length} tokens, and its row holds {tokens} of data.max_tokens = {self.max_tokens}"
+                self.data.leave_out(example["sample_id"], example["row"], reason)
+                continue
+            taken.append(example)
+            tokens, has_picture = tokens + length, shows
+        return taken
 
 
 def is_packed(batch: dict[str, Any]) -> bool:

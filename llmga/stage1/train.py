@@ -8,11 +8,11 @@ on the number of ranks, and resuming is nothing but starting at a later example.
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.utils.logging import disable_progress_bar
@@ -36,15 +36,14 @@ from llmga.runtime import (
 )
 from llmga.stage1.arguments import training_arguments
 from llmga.stage1.arithmetic import set_arithmetic
-from llmga.stage1.balance import BalancedDataset
 from llmga.stage1.callbacks import BadSamples, CompleteCheckpoints, Figures, SampleReplies, StopWhenAsked
 from llmga.stage1.chat_rows import row_of
 from llmga.stage1.config import Stage1Config
-from llmga.stage1.data import Collator, Stage1Dataset, build_datasets
+from llmga.stage1.data import Stage1Dataset, build_datasets
+from llmga.stage1.feed import Feed, make_feed
 from llmga.stage1.held_out import mean_token_loss, token_losses
 from llmga.stage1.model import Mllm
 from llmga.stage1.muon import Muon
-from llmga.stage1.packing import PackingCollator
 from llmga.stage1.resume import accept_saved_names, check_same_adapter, complete_checkpoint
 from llmga.stage1.sample_page import SamplePages
 from llmga.stage1.samples import answer_questions, draw_questions
@@ -52,6 +51,33 @@ from llmga.stage1.start import Start, save_result, start_model
 from llmga.stage1.watch import BatchWatch, NamedBatches
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a run is from before its model is loaded.
+
+    Attributes:
+        fit: facts that a checkpoint must share with the run that goes on from it.
+        checkpoint: that this run goes on from.
+    """
+
+    cfg: Stage1Config
+    run: RunFolder
+    ranks: Ranks
+    signals: StopSignal
+    fit: dict[str, Any]
+    checkpoint: Path | None
+
+    @property
+    def examples_per_step(self) -> int:
+        """Over all forward passes and ranks."""
+        return int(self.fit["examples_per_step"])
+
+    @property
+    def first_step(self) -> int:
+        """Steps that are behind the run."""
+        return checkpoint_step(self.checkpoint) if self.checkpoint else 0
 
 
 def train(cfg: Stage1Config) -> Path:
@@ -75,79 +101,17 @@ def train(cfg: Stage1Config) -> Path:
         return run.final
     signals = StopSignal()
     try:
-        return _train(cfg, run, ranks, engine, signals)
+        return _train(_set_up(cfg, run, ranks, engine, signals))
     except KeyboardInterrupt:
         raise Interrupted(f"aborted at once; {way_on(run)}") from None
     finally:
         signals.close()
 
 
-def _train(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals: StopSignal) -> Path:
-    """`train`, once it is known that there is something to do."""
+def _set_up(cfg: Stage1Config, run: RunFolder, ranks: Ranks, engine: str, signals: StopSignal) -> _Job:
+    """Make folder and process ready, and find the checkpoint to go on from."""
     examples_per_step = cfg.run.batch_size * cfg.run.accumulation_steps * ranks.world_size
     fit = {"examples_per_step": examples_per_step, "engine": engine, "world_size": ranks.world_size}
-    checkpoint = _start(cfg, run, fit)
-
-    # Model: the arguments come first, because under ZeRO-3 they decide how `from_pretrained` spreads the weights.
-    arguments = training_arguments(cfg, run.path)
-    start = start_model(cfg, run.path / "base")
-    mllm = start.mllm
-    set_arithmetic(mllm.model, cfg)
-    accept_saved_names(start.trained)
-    if checkpoint:
-        check_same_adapter(checkpoint, start.trained)
-
-    # Data
-    data, held_out = _build_data(cfg, mllm, run, examples_per_step)
-    total_steps = len(data) // examples_per_step
-    samples_per_epoch = rows_per_epoch([len(source) for source in data.sources], [s.weight for s in data.sources])
-    epochs = len(data) / samples_per_epoch
-    logger.info("%d steps of %d examples, %.3g epochs of %d", total_steps, examples_per_step, epochs, samples_per_epoch)
-
-    # Trainer
-    watch = BatchWatch(run.path, ranks, mllm.tokenizer.decode, cfg.run.record_sample_ids)
-    watch.attach(mllm.model)
-    progress = RunProgress(total_steps, shown=ranks.is_main)
-    bad_samples = _bad_samples(cfg, run, len(data), examples_per_step, checkpoint)
-    figures = Figures(run.metrics, watch, progress, ranks, samples_per_epoch, bad_samples.counts)
-    if checkpoint:
-        figures.totals = read_marker(checkpoint)["totals"]
-    callbacks = [
-        figures,
-        watch,
-        bad_samples,
-        StopWhenAsked(signals),
-        CompleteCheckpoints(
-            run.path,
-            cfg.run.keep_last,
-            mllm.processor,
-            lambda: {**fit, "totals": figures.take_counts()},
-            lambda folder: complete_checkpoint(folder, start.trained),
-        ),
-    ]
-    if cfg.run.sample_every_steps and cfg.samples.rows:
-        answer = _answerer(cfg, run, ranks, engine, mllm, held_out, checkpoint)
-        callbacks.append(SampleReplies(cfg.run.sample_every_steps, answer, figures))
-    fed, collator = _feed(cfg, data, examples_per_step)
-    trainer = _trainer(cfg, start, arguments, fed, collator, held_out, callbacks)
-
-    # Run
-    if signals.agreed():
-        raise Interrupted(f"stopped by {signals.received} before the first step; {way_on(run)}")
-    with progress, explaining_full_disk(run):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    step = trainer.state.global_step
-    if step < total_steps:
-        raise Interrupted(f"stopped by {signals.received} after step {step} of {total_steps}; {way_on(run)}")
-
-    # Save
-    _save(cfg, run, trainer, start, figures)
-    logger.info("finished after %d steps and %d trained tokens: %s", step, figures.totals["trained_tokens"], run.final)
-    return run.final
-
-
-def _start(cfg: Stage1Config, run: RunFolder, fit: dict[str, Any]) -> Path | None:
-    """Make folder and process ready; returns the checkpoint that the run goes on from."""
     checkpoint = on_main(lambda: run.start(cfg, cfg.run.resume))
     if checkpoint:
         check_fits(checkpoint, **fit)
@@ -156,44 +120,115 @@ def _start(cfg: Stage1Config, run: RunFolder, fit: dict[str, Any]) -> Path | Non
     disable_progress_bar()  # transformers' own, of loading and saving
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
-    return checkpoint
+    return _Job(cfg, run, ranks, signals, fit, checkpoint)
 
 
-def _build_data(
-    cfg: Stage1Config, mllm: Mllm, run: RunFolder, examples_per_step: int
-) -> tuple[Stage1Dataset, dict[str, Stage1Dataset]]:
+def _train(job: _Job) -> Path:
+    """`train`, once it is known that there is something to do."""
+    cfg, run, checkpoint = job.cfg, job.run, job.checkpoint
+
+    # Model: the arguments come first, because under ZeRO-3 they decide how `from_pretrained` spreads the weights.
+    arguments = training_arguments(cfg, run.path)
+    start = start_model(cfg, run.path / "base")
+    set_arithmetic(start.mllm.model, cfg)
+    accept_saved_names(start.trained)
+    if checkpoint:
+        check_same_adapter(checkpoint, start.trained)
+
+    # Data
+    data, held_out = _build_data(job, start.mllm)
+    total_steps = len(data) // job.examples_per_step
+    samples_per_epoch = rows_per_epoch([len(source) for source in data.sources], [s.weight for s in data.sources])
+    epochs = len(data) / samples_per_epoch
+    logger.info(
+        "%d steps of %d examples, %.3g epochs of %d", total_steps, job.examples_per_step, epochs, samples_per_epoch
+    )
+
+    # Trainer
+    progress = RunProgress(total_steps, shown=job.ranks.is_main)
+    figures, callbacks = _callbacks(job, start, progress, len(data), samples_per_epoch)
+    if cfg.run.sample_every_steps and cfg.samples.rows:
+        answer = _answerer(job, start.mllm, held_out)
+        callbacks.append(SampleReplies(cfg.run.sample_every_steps, answer, figures))
+    feed = make_feed(cfg, data, job.examples_per_step)
+    trainer = _trainer(cfg, start, arguments, feed, held_out, callbacks)
+
+    # Run
+    if job.signals.agreed():
+        raise Interrupted(f"stopped by {job.signals.received} before the first step; {way_on(run)}")
+    with progress, explaining_full_disk(run):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    step = trainer.state.global_step
+    if step < total_steps:
+        raise Interrupted(f"stopped by {job.signals.received} after step {step} of {total_steps}; {way_on(run)}")
+
+    # Save
+    _save(cfg, run, trainer, start, figures)
+    logger.info("finished after %d steps and %d trained tokens: %s", step, figures.totals["trained_tokens"], run.final)
+    return run.final
+
+
+def _build_data(job: _Job, mllm: Mllm) -> tuple[Stage1Dataset, dict[str, Stage1Dataset]]:
     """Training data exactly as long as the run, and the held-out sets by name."""
-    bad_samples_path = run.path / BAD_SAMPLES_FILE
+    cfg, bad_samples_path = job.cfg, job.run.path / BAD_SAMPLES_FILE
     steps = cfg.run.max_steps
     if steps is None:  # `run.epochs` decides; a last step that would not be full is filled up
         data, _ = build_datasets(cfg, mllm.processor, None, bad_samples_path)
-        steps = math.ceil(len(data) / examples_per_step)
-    return build_datasets(cfg, mllm.processor, steps * examples_per_step, bad_samples_path)
+        steps = math.ceil(len(data) / job.examples_per_step)
+    return build_datasets(cfg, mllm.processor, steps * job.examples_per_step, bad_samples_path)
 
 
-def _feed(cfg: Stage1Config, data: Stage1Dataset, examples_per_step: int) -> tuple[Dataset, Any]:
-    """What the Trainer draws batches from, and what makes them: rows padded, or packed end to end."""
-    padding = Collator.of(data)
-    if not cfg.data.packing:
-        return data, padding
-    return BalancedDataset(data, cfg.run.batch_size, examples_per_step), PackingCollator(padding)
+def _callbacks(
+    job: _Job, start: Start, progress: RunProgress, num_examples: int, samples_per_epoch: int
+) -> tuple[Figures, list[TrainerCallback]]:
+    """What happens beside the loop, in order; the figures first, because the others read their clock."""
+    cfg, run = job.cfg, job.run
+    watch = BatchWatch(run.path, job.ranks, start.mllm.tokenizer.decode, cfg.run.record_sample_ids)
+    watch.attach(start.mllm.model)
+    bad_samples = _bad_samples(job, num_examples)
+    figures = Figures(run.metrics, watch, progress, job.ranks, samples_per_epoch, bad_samples.counts)
+    if job.checkpoint:
+        figures.totals = read_marker(job.checkpoint)["totals"]
+    checkpoints = CompleteCheckpoints(
+        run.path,
+        cfg.run.keep_last,
+        start.mllm.processor,
+        lambda: {**job.fit, "totals": figures.take_counts()},
+        lambda folder: complete_checkpoint(folder, start.trained),
+    )
+    return figures, [figures, watch, bad_samples, StopWhenAsked(job.signals), checkpoints]
 
 
-def _bad_samples(
-    cfg: Stage1Config, run: RunFolder, num_examples: int, examples_per_step: int, checkpoint: Path | None
-) -> BadSamples:
+def _bad_samples(job: _Job, num_examples: int) -> BadSamples:
     """What counts the samples that could not be read, without those behind the checkpoint."""
-    budget = BadSampleBudget(run.path / BAD_SAMPLES_FILE, cfg.data.max_bad_share, num_examples)
-    on_main(lambda: budget.forget_after(checkpoint_step(checkpoint) * examples_per_step if checkpoint else 0))
-    return BadSamples(budget, examples_per_step)
+    budget = BadSampleBudget(job.run.path / BAD_SAMPLES_FILE, job.cfg.data.max_bad_share, num_examples)
+    on_main(lambda: budget.forget_after(job.first_step * job.examples_per_step))
+    return BadSamples(budget, job.examples_per_step)
+
+
+def _answerer(job: _Job, mllm: Mllm, held_out: dict[str, Stage1Dataset]) -> Callable[[int], None]:
+    """What answers the sample conversations after a step and writes their pages."""
+    samples, is_main = job.cfg.samples, job.ranks.is_main
+    questions = draw_questions(held_out, samples.rows)
+    pages = SamplePages(job.run.samples, questions)
+    if is_main:
+        pages.cut_after(job.first_step)
+
+    def answer(step: int) -> None:
+        if job.fit["engine"] != "zero3" and not is_main:
+            return  # the others have nothing to give, and wait at the next step
+        replies = answer_questions(mllm, questions, samples.max_new_tokens, job.cfg.run.batch_size)
+        if is_main:
+            pages.write(step, replies)
+
+    return answer
 
 
 def _trainer(
     cfg: Stage1Config,
     start: Start,
     arguments: TrainingArguments,
-    fed: Dataset,
-    collator: Any,
+    feed: Feed,
     held_out: dict[str, Stage1Dataset],
     callbacks: list[TrainerCallback],
 ) -> Trainer:
@@ -203,8 +238,8 @@ def _trainer(
     trainer = Trainer(
         model=start.trained,
         args=arguments,
-        data_collator=NamedBatches(collator),
-        train_dataset=fed,
+        data_collator=NamedBatches(feed),
+        train_dataset=feed.data,
         eval_dataset=held_out or None,
         compute_metrics=mean_token_loss,
         preprocess_logits_for_metrics=token_losses,
@@ -213,31 +248,6 @@ def _trainer(
     )
     _order_callbacks(trainer)
     return trainer
-
-
-def _answerer(
-    cfg: Stage1Config,
-    run: RunFolder,
-    ranks: Ranks,
-    engine: str,
-    mllm: Mllm,
-    held_out: dict[str, Stage1Dataset],
-    checkpoint: Path | None,
-) -> Callable[[int], None]:
-    """What answers the sample conversations after a step and writes their pages."""
-    questions = draw_questions(held_out, cfg.samples.rows)
-    pages = SamplePages(run.samples, questions)
-    if ranks.is_main:
-        pages.cut_after(checkpoint_step(checkpoint) if checkpoint else 0)
-
-    def answer(step: int) -> None:
-        if engine != "zero3" and not ranks.is_main:
-            return  # the others have nothing to give, and wait at the next step
-        replies = answer_questions(mllm, questions, cfg.samples.max_new_tokens, cfg.run.batch_size)
-        if ranks.is_main:
-            pages.write(step, replies)
-
-    return answer
 
 
 def _order_callbacks(trainer: Trainer) -> None:

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from llmga.non_finite import BAD_GRADIENT, save_and_stop
 from llmga.runtime import MetricsLog, Ranks, any_rank, outlive_terminate, sum_over_ranks
+from llmga.stage1.feed import Feed
 from llmga.stage1.packing import check_packed
 from llmga.tokens import IGNORE_INDEX
 
@@ -21,19 +22,20 @@ class NamedBatches:
     """A collator that adds `sample_ids` and `num_tokens`, for `BatchWatch` to take off again at the model's door.
 
     Args:
-        collate: makes a batch of examples that each have a `sample_id`.
+        feed: makes batches of examples that each have a `sample_id`.
     """
 
-    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
-        self.collate = collate
+    def __init__(self, feed: Feed) -> None:
+        self.choose, self.collate = feed.choose, feed.collate
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         outlive_terminate()
-        batch = self.collate(examples)
+        taken = self.choose(examples)
+        batch = self.collate(taken)
         return {
             **batch,
-            "sample_ids": torch.tensor([example["sample_id"] for example in examples]),
-            "num_tokens": torch.tensor(sum(len(example["input_ids"]) for example in examples)),
+            "sample_ids": torch.tensor([example["sample_id"] for example in taken]),
+            "num_tokens": torch.tensor(sum(len(example["input_ids"]) for example in taken)),
         }
 
 

@@ -233,6 +233,17 @@ def test_packed_it_trains_on_the_same_samples_to_the_same_losses(
     assert counts[0] == counts[1]
 
 
+def test_rows_of_bounded_length_leave_out_what_they_count(settings: Path, elsewhere: str) -> None:
+    bounds = ("data.packing=true", "data.max_length=250", "data.max_tokens=250", "run.num_workers=1")
+    folder = train_here(settings, elsewhere, *bounds, "run.batch_size=4").parent
+    left_out = [line for line in lines(folder / "bad_samples.jsonl") if line["kind"] == "no_room"]
+    seen = {index for ids in sample_ids(folder).values() for index in ids}
+    missing = {line["index"] for line in left_out}
+    assert missing and not seen & missing and seen | missing == set(range(24))
+    logged = [line for line in lines(folder / "metrics.jsonl") if "loss" in line]
+    assert logged[-1]["left_out"] == len(missing)
+
+
 @pytest.mark.parametrize("optimizer", [(), ("optim.matrix_lr=1e-3",)], ids=["adamw", "muon"])
 def test_packed_killed_and_run_again_ends_in_the_same_weights(
     settings: Path, tmp_path: Path, optimizer: tuple[str, ...]

@@ -365,6 +365,11 @@ def test_a_sound_stage1_config(stage1_files: list[str]) -> None:
             "model.lora.*, model.trainable .*: adapters train the LLM",
         ),
         (["model.quantize=nf4"], "model.quantize .*, model.lora.*: nf4 weights cannot be trained themselves; add lora"),
+        (["data.max_tokens=9000"], "data.max_tokens .*: 9000 bounds packed rows, and packing is off; set packing"),
+        (
+            ["data.packing=true", "data.max_tokens=2000"],
+            "data.max_tokens .*, data.packing .*: a row of 2000 tokens has no room for an example of 2048; raise",
+        ),
         (["data.sources=[]"], "data.sources .*: found an empty list, expected at least one source"),
         (["data.sources.0.weight=0"], "data.sources .*: every weight is 0"),
         (["data.sources.0.weight=-1"], "data.sources.0.weight .*: found -1, expected greater than or equal to 0"),
@@ -411,6 +416,26 @@ def test_four_bits_need_bitsandbytes(stage1_files: list[str], monkeypatch: pytes
         load_config(Stage1Config, None, overrides)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     assert load_config(Stage1Config, None, overrides).model.lora is not None
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        (
+            "model.attention=flash_attention_2",
+            "needs the package flash-attn, which is not installed; sdpa needs nothing",
+        ),
+        ("model.liger=true", r"need the package liger-kernel, which is not installed; pip install '.\[gpu\]'"),
+    ],
+)
+def test_kernels_need_their_packages(
+    stage1_files: list[str], monkeypatch: pytest.MonkeyPatch, override: str, complaint: str
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=complaint):
+        load_config(Stage1Config, None, [*stage1_files, override])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    load_config(Stage1Config, None, [*stage1_files, override])
 
 
 def test_what_adapters_cannot_do_under_zero3(stage1_files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from transformers import (
 from llmga.stage1.cross_entropy import use_chunked_cross_entropy
 from llmga.stage1.data import Collator
 from llmga.stage1.packed_attention import PackingError, use_packed_sdpa
-from llmga.stage1.packing import PackingCollator, check_packed
+from llmga.stage1.packing import PackingCollator, RowLimit, check_packed
 from llmga.tokens import IGNORE_INDEX
 
 VOCABULARY, PAD, IMAGE = 61, 0, 3
@@ -170,6 +170,51 @@ def test_every_token_of_every_example_is_there_once_and_none_other(shapes):
     assert batch["max_length_q"] == max(np.diff(bounds))
     targets = (PADDED(examples)["labels"][:, 1:] != IGNORE_INDEX).sum()
     assert (batch["labels"][:, 1:] != IGNORE_INDEX).sum() == targets
+
+
+# ---------------------------------------------------------------- how long a row may be
+
+
+class Noted:
+    """What a RowLimit asks of a Stage1Dataset."""
+
+    num_image_tokens = NUM_IMAGE_TOKENS
+
+    def __init__(self) -> None:
+        self.left_out: list[tuple[int, int, str]] = []
+
+    def leave_out(self, index: int, row: int, reason: str) -> None:
+        self.left_out.append((index, row, reason))
+
+
+def limited(examples: list[dict[str, Any]], max_tokens: int) -> tuple[list[int], Noted]:
+    """Which of the examples are taken, and what was noted of the others."""
+    noted: Any = Noted()
+    taken = RowLimit(noted, max_tokens)([{**one, "row": 7 * one["sample_id"]} for one in examples])
+    return [one["sample_id"] for one in taken], noted
+
+
+def test_what_a_row_has_no_room_for_is_left_out_and_told():
+    lengths = [len(one["input_ids"]) for one in MIXED]
+    assert lengths == [13, 14, 5, 25, 3]
+    taken, noted = limited(MIXED, 60)
+    assert taken == [0, 1, 2, 3, 4] and not noted.left_out
+    taken, noted = limited(MIXED, 35)  # the long one goes, the short one behind it still fits
+    assert taken == [0, 1, 2, 4]
+    assert noted.left_out == [(3, 21, "25 tokens, and its row holds 32 of data.max_tokens = 35")]
+    assert limited(TEXTS, 26 + NUM_IMAGE_TOKENS)[0] == [5, 6]
+    assert limited(TEXTS, 26 + NUM_IMAGE_TOKENS - 1)[0] == [5]  # a row of texts needs room for the black picture
+    assert limited([{**one, "held_out": True} for one in MIXED], 20)[0] == [0, 1, 2, 3, 4]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 30), st.booleans()), min_size=1, max_size=9), st.integers(34, 80))
+def test_no_row_is_longer_than_the_limit_and_none_is_empty(shapes, max_tokens):
+    examples = [example(length, picture, seed) for seed, (length, picture) in enumerate(shapes)]
+    taken, noted = limited(examples, max_tokens)
+    assert sorted([*taken, *(index for index, _, _ in noted.left_out)]) == list(range(len(shapes)))
+    assert taken[0] == 0
+    assert PACKING([examples[index] for index in taken])["input_ids"].shape[1] <= max_tokens
 
 
 # ---------------------------------------------------------------- what would mix conversations in silence

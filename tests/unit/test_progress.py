@@ -23,6 +23,7 @@ def test_figures_that_are_there_come_in_a_fixed_order() -> None:
     assert figures_line({"loss": 1.0, "replaced_picture": 0, "replaced_too_long": 0}) == "loss 1.0000"
     line = figures_line({"loss": 1.0, "eta_s": 9, "replaced_picture": 3, "replaced_too_long": 1})
     assert line == "loss 1.0000  9s left  replaced: 3 picture, 1 too long"
+    assert figures_line({"loss": 1.0, "left_out": 4}) == "loss 1.0000  4 left out of full rows"
     assert figures_line({"eval_toy_loss": 2.0}) == "held out toy_loss 2.0000"
 
 

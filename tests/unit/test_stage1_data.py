@@ -14,6 +14,7 @@ from llmga.config import RunConfig
 from llmga.records import Record, write_manifest
 from llmga.stage1.config import DataConfig, ModelConfig, SourceConfig, Stage1Config
 from llmga.stage1.data import MAX_NEIGHBOURS, Collator, SampleError, build_datasets
+from llmga.stage1.feed import make_feed
 from llmga.stage1.sources import SourceError, open_sources
 from llmga.tokens import IGNORE_INDEX
 from tests.toy import IMAGE_SIZE_PX, NUM_IMAGE_TOKENS, toy_llava, toy_processor
@@ -74,6 +75,32 @@ def same(first: dict, second: dict) -> bool:
         and (pixels[0] is None) == (pixels[1] is None)
         and (pixels[0] is None or np.array_equal(*pixels))
     )
+
+
+# ---------------------------------------------------------------- rows of bounded length
+
+
+def test_an_example_without_room_is_named_and_counted_or_stops_the_run(world, processor):
+    log = world / BAD_SAMPLES_FILE
+    bounds = {"packing": True, "max_tokens": 400, "max_length": 400}
+    dataset = train_set(world, processor, log=log, **bounds)
+    feed = make_feed(config(world, run={"batch_size": 30}, **bounds), dataset, 30)
+    drawn = [feed.data[index] for index in range(30)]
+    taken = [example["sample_id"] for example in feed.choose(drawn)]
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert 2 <= len(taken) < 30 and sorted([*taken, *(line["index"] for line in lines)]) == list(range(30))
+    assert feed.collate(feed.choose(drawn))["input_ids"].shape[1] <= 400
+    first = lines[0]
+    number, row, _ = dataset.order[first["index"]]
+    assert (first["kind"], first["row"], first["set"]) == ("no_room", row, "train")
+    assert first["id"] == dataset.sources[number][row].id and "of data.max_tokens = 400" in first["reason"]
+    budget = BadSampleBudget(log, 0, 60)
+    budget.check(30)  # pictures alone end a run
+    assert budget.counts(30) == {"no_room": 30 - len(taken)}
+    strict = train_set(world, processor, too_long="error", **bounds)
+    choose = make_feed(config(world, run={"batch_size": 30}, too_long="error", **bounds), strict, 30).choose
+    with pytest.raises(SampleError, match=r"record '.*': .* data.max_tokens = 400; raise data.max_tokens, or set data"):
+        choose(drawn)
 
 
 # ---------------------------------------------------------------- the same examples, always

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmga.mixture import Mixture, rows_per_epoch
-from llmga.stage1.balance import BalancedDataset
 from llmga.stage1.config import SourceConfig, Stage1Config
-from llmga.stage1.data import Collator, Stage1Dataset, build_datasets
-from llmga.stage1.packing import PackingCollator
+from llmga.stage1.data import Stage1Dataset, build_datasets
+from llmga.stage1.feed import make_feed
 from llmga.stage1.plan.rehearsal import BatchShape
 from llmga.stage1.preview import Chip, token_chips
 from llmga.stage1.sources import Source
@@ -54,6 +53,7 @@ class DataPlan:
         longest: micro-batch among those looked at.
         first: the first micro-batch of the first device, each example as readable tokens.
         looked_at: examples.
+        left_out: of them, for want of room in packed rows.
         notes: what could not be read.
     """
 
@@ -67,6 +67,7 @@ class DataPlan:
     longest: BatchShape | None = None
     first: list[list[Chip]] = field(default_factory=list)
     looked_at: int = 0
+    left_out: int = 0
     notes: list[str] = field(default_factory=list)
 
 
@@ -123,24 +124,25 @@ def _open(configs: Sequence[SourceConfig]) -> tuple[list[Source | None], list[st
 def _look_at(cfg: Stage1Config, data: Stage1Dataset, count: int, per_step: int, known: DataPlan) -> DataPlan:
     """Make the first examples, and batches of them as the run would."""
     assert isinstance(data.order, Mixture)
-    padding, size = Collator.of(data), cfg.run.batch_size
-    fed: Any = BalancedDataset(data, size, per_step) if cfg.data.packing else data
-    collator: Any = PackingCollator(padding) if cfg.data.packing else padding
+    feed, size = make_feed(cfg, data, per_step), cfg.run.batch_size
     longest: BatchShape | None = None
     first: list[list[Chip]] = []
     lengths: list[tuple[int, int, int, int]] = []  # source, tokens, trained, pictures
+    left_out = 0
     for begin in range(0, count, size):
-        examples = [fed[index] for index in range(begin, min(begin + size, count))]
+        drawn = [feed.data[index] for index in range(begin, min(begin + size, count))]
+        examples = feed.choose(drawn)
+        left_out += len(drawn) - len(examples)
         for example in examples:
             tokens, untrained = len(example["labels"]), example["labels"].count(IGNORE_INDEX)
             has_picture = example["pixel_values"] is not None
             lengths.append((data.order[example["sample_id"]][0], tokens, tokens - untrained, int(has_picture)))
-        batch = collator(examples)
+        batch = feed.collate(examples)
         trained = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
         packed = len(batch["cu_seq_lens_q"]) - 1 if cfg.data.packing else 0
         rows, tokens = batch["input_ids"].shape
         shape = BatchShape(rows, tokens, len(batch["pixel_values"]), trained, packed)
-        if len(examples) == size and (longest is None or shape.rows * shape.tokens > longest.rows * longest.tokens):
+        if len(drawn) == size and (longest is None or shape.rows * shape.tokens > longest.rows * longest.tokens):
             longest = shape
         if begin == 0:
             first = [_chips(data, example) for example in examples]
@@ -157,7 +159,8 @@ def _look_at(cfg: Stage1Config, data: Stage1Dataset, count: int, per_step: int, 
         pictures=sum(one[3] for one in lengths) / len(lengths),
         longest=longest,
         first=first,
-        looked_at=len(lengths),
+        looked_at=len(lengths) + left_out,
+        left_out=left_out,
         notes=known.notes,
     )
 

@@ -110,7 +110,8 @@ def _limit(cfg: Stage1Config) -> BatchShape:
     """The largest batch that the settings allow."""
     rows, tokens = cfg.run.batch_size, cfg.data.max_length
     if cfg.data.packing:
-        return BatchShape(1, rows * tokens, rows, rows * tokens, packed=rows)
+        row = min(rows * tokens, cfg.data.max_tokens or rows * tokens)
+        return BatchShape(1, row, rows, row, packed=rows)
     return BatchShape(rows, tokens, rows, rows * tokens)
 
 

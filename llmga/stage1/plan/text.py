@@ -78,6 +78,11 @@ def _data(plan: Plan) -> Iterator[str]:
             f"tokens and trained tokens are means of the first {data.looked_at:,} examples of the run: "
             f"{data.tokens:,.0f} and {data.trained:,.0f}"
         )
+    if data.left_out:
+        yield (
+            f"{data.left_out:,} of them find no room in rows of data.max_tokens = {cfg.data.max_tokens:,} "
+            "and would be left out; raise it, or lower run.batch_size"
+        )
 
 
 def _parameters(plan: Plan) -> Iterator[str]:
