@@ -18,15 +18,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from llmga.images import PictureMode, fit_picture
 from llmga.runtime import zero3_is_on
 from llmga.stage1.conversation import ConversationError, Turn, encode_conversation, encode_prompt
+from llmga.stage1.growing_cache import growing_cache
 from llmga.stage1.model import Mllm
 from llmga.stage1.pixels import PixelEncoder
 
-_CACHE_STEP_TOKENS = 128  # how far the cache grows at a time
 _COMPACT_SHARE = 0.75  # finished rows leave when at most this share of the batch is still writing
 
 
@@ -93,17 +92,10 @@ def generate_replies(
     with _evaluating(mllm.model), tqdm(total=len(prompts), disable=not progress, unit="reply") as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            pictures = [picture for index in batch if (picture := prompts[index].picture) is not None]
+            pictures = [pixels(shape(picture)) for index in batch if (picture := prompts[index].picture) is not None]
             own = [[seed, index] if seeds is None else [seeds[index]] for index in batch]
             choose = _choice(own, max_new_tokens, temperature, top_p)
-            written = _write(
-                mllm,
-                [encoded[index] for index in batch],
-                [pixels(shape(picture)) for picture in pictures],
-                choose,
-                max_new_tokens,
-                stop,
-            )
+            written = _write(mllm, [encoded[index] for index in batch], pictures, choose, max_new_tokens, stop)
             for index, ids in zip(batch, written, strict=True):
                 replies[index] = _text(mllm, ids)
             bar.update(len(batch))
@@ -153,6 +145,66 @@ def _choice(seeds: Sequence[Sequence[int]], max_new_tokens: int, temperature: fl
     return partial(_drawn, torch.from_numpy(chance), temperature, top_p)
 
 
+@dataclass
+class _Rows:
+    """The rows of a batch that are still in the model's hands.
+
+    Attributes:
+        numbers: (R,) which reply each row belongs to.
+        writing: (R,) bool, whether it goes on.
+        input_ids: (R, L), what the model sees next: the prompts, padded on the left, then one token each.
+        attention_mask: (R, longest prompt + max_new_tokens), padding 0.
+        position_ids: (R, L).
+        cache: what the model has seen.
+        seen: how many tokens of each row that is, padding included.
+    """
+
+    numbers: Tensor
+    writing: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    cache: DynamicCache
+    seen: int = 0
+
+    @classmethod
+    def of(cls, mllm: Mllm, prompts: Sequence[list[int]], max_new_tokens: int) -> "_Rows":
+        """The rows before the first token."""
+        device, pad_id, width = mllm.model.device, mllm.tokenizer.pad_token_id or 0, max(map(len, prompts))
+        input_ids = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompts], device=device)
+        seen = [[0] * (width - len(ids)) + [1] * (len(ids) + max_new_tokens) for ids in prompts]
+        mask = torch.tensor(seen, device=device)
+        positions = (mask[:, :width].cumsum(dim=1) - 1).clamp(min=0)
+        numbers = torch.arange(len(prompts), device=device)
+        writing = torch.ones_like(numbers, dtype=torch.bool)
+        return cls(numbers, writing, input_ids, mask, positions, growing_cache(mllm.model))
+
+    def next_logits(self, model: torch.nn.Module, pictures: Tensor | None) -> Tensor:
+        """(R, V) of the token behind each row."""
+        self.seen += self.input_ids.shape[1]
+        output = model(
+            input_ids=self.input_ids,
+            attention_mask=self.attention_mask[:, : self.seen],
+            position_ids=self.position_ids,
+            pixel_values=pictures,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
+
+    def append(self, next_ids: Tensor) -> None:
+        """Go on behind these tokens (R,); rows that have finished leave, once they are many."""
+        self.input_ids, self.position_ids = next_ids[:, None], self.position_ids[:, -1:] + 1
+        if int(self.writing.sum()) > _COMPACT_SHARE * len(self.numbers):
+            return
+        keep = self.writing.nonzero().squeeze(1)
+        self.cache.batch_select_indices(keep)
+        self.numbers, self.writing = self.numbers[keep], self.writing[keep]
+        self.input_ids, self.position_ids = self.input_ids[keep], self.position_ids[keep]
+        self.attention_mask = self.attention_mask[keep]
+
+
 def _write(
     mllm: Mllm,
     prompts: Sequence[list[int]],
@@ -164,96 +216,29 @@ def _write(
     """Write one batch of replies as ids, without their terminators.
 
     Args:
-        prompts: ids of each prompt; padded on the left here.
+        prompts: ids of each prompt.
         pixel_values: of the prompts that have a picture, in their order.
     """
     model, device = mllm.model, mllm.model.device
-    width = max(map(len, prompts))
-    input_ids = torch.tensor([[mllm.tokenizer.pad_token_id or 0] * (width - len(ids)) + ids for ids in prompts])
-    seen = [[0] * (width - len(ids)) + [1] * (len(ids) + max_new_tokens) for ids in prompts]
-    input_ids, attention_mask = input_ids.to(device), torch.tensor(seen, device=device)
-    position_ids = (attention_mask[:, :width].cumsum(dim=1) - 1).clamp(min=0)
     pictures = torch.from_numpy(np.stack(pixel_values)).to(device, model.dtype) if len(pixel_values) else None
     never, ends = _never_written(mllm).to(device), torch.tensor(stop, device=device)
-    cache = _growing_cache(model)
-    rows = torch.arange(len(prompts), device=device)
-    writing = torch.ones_like(rows, dtype=torch.bool)
+    rows = _Rows.of(mllm, prompts, max_new_tokens)
     replies: list[list[int]] = [[] for _ in prompts]
     together = zero3_is_on()  # each rank holds a part of the model: all must run the same steps
     for step in range(max_new_tokens):
-        logits = model(
-            input_ids=input_ids,
-            attention_mask=attention_mask[:, : width + step],
-            position_ids=position_ids,
-            pixel_values=pictures if step == 0 else None,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        logits = rows.next_logits(model, pictures if step == 0 else None)
         logits[:, never] = -torch.inf
-        next_ids = choose(logits, rows, step)
+        next_ids = choose(logits, rows.numbers, step)
         if together:
             dist.broadcast(next_ids, src=0)
-        writing &= ~torch.isin(next_ids, ends)
-        for row, token, continues in zip(rows.tolist(), next_ids.tolist(), writing.tolist(), strict=True):
-            if continues:
-                replies[row].append(token)
-        left = int(writing.sum())
-        if not left:
+        rows.writing &= ~torch.isin(next_ids, ends)
+        for number, token, goes_on in zip(rows.numbers.tolist(), next_ids.tolist(), rows.writing.tolist(), strict=True):
+            if goes_on:
+                replies[number].append(token)
+        if not rows.writing.any():
             break
-        position_ids = position_ids[:, -1:] + 1
-        if left <= _COMPACT_SHARE * len(rows):
-            keep = writing.nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
-            rows, writing, next_ids = rows[keep], writing[keep], next_ids[keep]
-            attention_mask, position_ids = attention_mask[keep], position_ids[keep]
-        input_ids = next_ids[:, None]
+        rows.append(next_ids)
     return replies
-
-
-class _GrowingLayer(DynamicLayer):
-    """A cache layer that writes into room set aside, where the library's own copies everything for each token."""
-
-    keys: Tensor
-    values: Tensor
-    _room: tuple[Tensor, Tensor] | None = None
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Append keys and values, both (B, heads, L, width), and return all of them as views."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        if self._room is None or end > self._room[0].shape[-2]:
-            larger = _room_for(key_states, end), _room_for(value_states, end)
-            if start:
-                larger[0][:, :, :start], larger[1][:, :, :start] = self.keys, self.values
-            self._room = larger
-        keys, values = self._room
-        keys[:, :, start:end], values[:, :, start:end] = key_states, value_states
-        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows of the batch."""
-        if self._room is not None:
-            end = self.get_seq_length()
-            keys, values = self._room[0][indices], self._room[1][indices]
-            self._room = keys, values
-            self.keys, self.values = keys[:, :, :end], values[:, :, :end]
-
-
-def _room_for(states: Tensor, length: int) -> Tensor:
-    return states.new_empty(*states.shape[:2], length + _CACHE_STEP_TOKENS, states.shape[-1])
-
-
-def _growing_cache(model: torch.nn.Module) -> DynamicCache:
-    """The cache that the model's config asks for; layers with a window or a state of their own stay as they are."""
-    cache = DynamicCache(config=model.config)
-    cache.layers = [_GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
 
 
 # ---------------------------------------------------------------- the next token
