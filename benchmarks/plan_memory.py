@@ -47,6 +47,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "0.1 B, plain bf16": (1, [*BIG, "run.precision=bf16"]),
     "0.1 B, plain fp32, logits of all tokens": (1, [*LARGER, "model.cross_entropy=full"]),
     "0.1 B, fp32, packed": (1, [*LARGER, "data.packing=true"]),
+    "0.1 B, plain fp32, Muon": (1, [*BIG, "optim.matrix_lr=2e-3"]),
     "0.1 B, LoRA on a bf16 base": (1, [*BIG, "run.precision=bf16", "model.tags=text", "model.lora={{rank: 64}}"]),
     "0.1 B, projector alone": (1, [*LARGER, "model.trainable=projector"]),
     "0.1 B, DDP, 2 processes": (2, BIG),

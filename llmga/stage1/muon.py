@@ -61,11 +61,15 @@ class Muon(torch.optim.AdamW):
         for parameter in group["params"]:
             if parameter.grad is not None:
                 shapes[tuple(parameter.shape)].append(parameter)
-        for shape, parameters in shapes.items():
-            updates = orthogonal(torch.stack([self._momentum(parameter) for parameter in parameters]))
-            rate = group["lr"] * _RMS * max(shape) ** 0.5
-            for parameter, update in zip(parameters, updates, strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+        for alike in shapes.values():
+            self._update_alike(alike, group["lr"], group["weight_decay"])
+
+    def _update_alike(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+        """All matrices of one shape; what it takes beside the states is gone when the next shape's turn comes."""
+        updates = orthogonal(torch.stack([self._momentum(parameter) for parameter in parameters]))
+        rate = lr * _RMS * max(parameters[0].shape) ** 0.5
+        for parameter, update in zip(parameters, updates, strict=True):
+            parameter.mul_(1 - lr * weight_decay).add_(update, alpha=-rate)
 
     def _momentum(self, parameter: nn.Parameter) -> Tensor:
         """Nesterov's look ahead along the running mean of the gradients."""

@@ -13,18 +13,19 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlavaForCo
 from typer.testing import CliRunner
 
 from llmga.cli import app
-from llmga.config import EXIT_BAD_INPUT, EXIT_OK, RunConfig, save_config
+from llmga.config import EXIT_BAD_INPUT, EXIT_OK, OptimConfig, RunConfig, save_config
 from llmga.records import Record, write_manifest
 from llmga.stage1.config import DataConfig, LoraConfig, ModelConfig, SourceConfig, Stage1Config
 from llmga.stage1.cross_entropy import use_chunked_cross_entropy
 from llmga.stage1.data import build_datasets
 from llmga.stage1.model import set_trainable
+from llmga.stage1.muon import Muon
 from llmga.stage1.plan.architecture import Counts, UnknownArchitecture, published, read_architecture
 from llmga.stage1.plan.disk import disk_use
 from llmga.stage1.plan.examples import plan_data
 from llmga.stage1.plan.live_bytes import ACTIVATIONS, GRADIENTS, LOSS
 from llmga.stage1.plan.memory import MemoryModel
-from llmga.stage1.plan.rehearsal import BatchShape, HowToStep, rehearse_step
+from llmga.stage1.plan.rehearsal import BatchShape, HowToStep, rehearse_muon, rehearse_step
 from llmga.stage1.plan.speed import (
     CARDS,
     SpeedError,
@@ -83,6 +84,11 @@ def really_allocated(model, batch: BatchShape, how: HowToStep) -> int:
         loss = output.loss
         del output
         loss.backward()
+    return most_held(recorded)
+
+
+def most_held(recorded: profile) -> int:
+    """The most bytes above the start, of a profile with memory."""
     held = peak = 0
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -118,6 +124,38 @@ def test_gradients_that_stay_are_counted_with_everything_else() -> None:
     stay, leave = rehearsed("stay"), rehearsed("leave")
     assert stay[GRADIENTS] == 4 * (74_112 + 1_771_200 + 4096 * 192) and leave[GRADIENTS] == 0
     assert stay[ACTIVATIONS] + stay[LOSS] >= leave[ACTIVATIONS] + leave[LOSS] > 0
+
+
+def test_muon_keeps_one_momentum_of_a_matrix_and_needs_room_for_its_step(tmp_path: Path) -> None:
+    model = small_llava()
+    set_trainable(model, "projector+llm")
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
+    optimizer = Muon(model, OptimConfig(), matrix_lr=1e-3)
+    optimizer.step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+        optimizer.step()
+    work = rehearse_muon(model)
+    assert work == pytest.approx(most_held(recorded), rel=0.05)
+    kept = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.dim())
+    cfg = settings(tmp_path)
+    adamw = MemoryModel(cfg, read_architecture(cfg.model))
+    cfg.optim.matrix_lr = 1e-3
+    muon = MemoryModel(cfg, read_architecture(cfg.model))
+    matrices = 4 * (4 * 192 * 192 + 3 * 192 * 512)
+    assert (adamw.matrices, muon.matrices) == (0, matrices)
+    others = muon.trained - matrices + (4096 - model_vocabulary()) * 192  # small_llava's embedding is wider
+    assert kept == 8 * others + 4 * matrices
+    tiny, large = BatchShape(1, 40, 1, 8), BatchShape(8, 256, 8, 8 * 200)
+    assert adamw.at(large).parts[OPTIMIZER] - muon.at(large).parts[OPTIMIZER] == 4 * matrices
+    stepping = muon.at(tiny)
+    assert stepping.moment == "optimizer step"
+    assert stepping.parts[OPTIMIZER] == 8 * muon.trained - 4 * matrices + work
+    assert disk_use(cfg, adamw).checkpoint - disk_use(cfg, muon).checkpoint == 4 * matrices
+
+
+def model_vocabulary() -> int:
+    return int(AutoConfig.from_pretrained(BASE).text_config.vocab_size)
 
 
 def test_packed_rows_need_no_more_attention_than_their_segments() -> None:
@@ -397,6 +435,14 @@ def test_a_plan_without_data_or_model_says_what_could_not_be_read(world: Path) -
     assert "sizes as published in Qwen/Qwen2-0.5B-Instruct" in shown
     assert "assumed: 40% of 312 TFLOP/s" in shown and "hours at 300 tokens an example" in shown
     assert "A100-80GB has 85.9 GB" in shown and "fits" in shown
+
+
+def test_bounded_rows_bound_the_memory_and_tell_what_is_left_out(world: Path) -> None:
+    packed = ("run.batch_size=4", "data.packing=true", "data.max_length=150")
+    assert "1 x 600 tokens" in plan(world, *packed)
+    shown = plan(world, *packed, "data.max_tokens=160")
+    assert "1 x 160 tokens" in shown and "1 x 600 tokens" not in shown
+    assert "find no room in rows of data.max_tokens = 160 and would be left out; raise it, or lower" in shown
 
 
 def test_a_given_throughput_is_told_as_given(world: Path) -> None:

@@ -7,9 +7,10 @@ import torch
 
 from llmga.stage1.config import Stage1Config
 from llmga.stage1.model import learn_in_float32
+from llmga.stage1.muon import split_parameters
 from llmga.stage1.plan.architecture import Architecture, Counts, build_without_weights, count_by_part, part_of
 from llmga.stage1.plan.live_bytes import ACTIVATIONS, GRADIENTS, LOSS
-from llmga.stage1.plan.rehearsal import BatchShape, HowToStep, rehearse_step
+from llmga.stage1.plan.rehearsal import BatchShape, HowToStep, rehearse_muon, rehearse_step
 from llmga.stage1.plan.states import BUFFERS, OPTIMIZER, WEIGHTS, Engine, States, standing_states
 
 # Four bits, an 8-bit scale for 64 of them, and a float32 scale for 256 scales: nf4 with double quantisation.
@@ -48,12 +49,16 @@ class MemoryModel:
         devices: that share the work.
     Attributes:
         counts: parameters by part of the model.
+        matrices: parameters that Muon trains.
     """
 
     def __init__(self, cfg: Stage1Config, architecture: Architecture, devices: int = 1) -> None:
         self.cfg, self.architecture = cfg, architecture
         self.engine = Engine.of(cfg, devices)
-        self.counts: dict[str, Counts] = count_by_part(self._build())
+        model = self._build()
+        self.counts: dict[str, Counts] = count_by_part(model)
+        by_muon = split_parameters(model)[0] if cfg.optim.matrix_lr is not None else []
+        self.matrices = sum(matrix.numel() for matrix in by_muon)
 
     @property
     def trained(self) -> int:
@@ -76,6 +81,8 @@ class MemoryModel:
         stepping[GRADIENTS] += states.step_extra
         if self.engine.stage is None:
             stepping[GRADIENTS] += 4 * self.trained
+        if self.matrices:
+            stepping[OPTIMIZER] += rehearse_muon(model)
         parts, moment = max(
             (backward, "backward pass"), (stepping, "optimizer step"), key=lambda one: sum(one[0].values())
         )
@@ -83,7 +90,8 @@ class MemoryModel:
 
     def _states(self, model: Any) -> States:
         hidden = self.architecture.config.text_config.hidden_size
-        return standing_states(self.engine, self.trained, self.frozen, hidden, self._weight_bytes(model))
+        weights = self._weight_bytes(model)
+        return standing_states(self.engine, self.trained, self.frozen, hidden, weights, self.matrices)
 
     def _weight_bytes(self, model: Any) -> int:
         """All weights as they lie in a device's memory before anything is shared out."""

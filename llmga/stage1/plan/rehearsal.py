@@ -6,6 +6,7 @@ same question. What stays the same from step to step (weights, optimizer states)
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._mode_utils import no_dispatch
 
 from llmga.stage1.cross_entropy import LossHead, summed_cross_entropy, use_chunked_cross_entropy
+from llmga.stage1.muon import orthogonal, split_parameters
 from llmga.stage1.packed_attention import use_packed_sdpa
 from llmga.stage1.plan.live_bytes import GRADIENTS, LiveBytes
 
@@ -100,6 +102,23 @@ def rehearse_step(model: nn.Module, batch: BatchShape, how: HowToStep) -> dict[s
     if how.gradients == "stay":
         peak[GRADIENTS] = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     return peak
+
+
+def rehearse_muon(model: nn.Module) -> int:
+    """The most bytes that Muon's step takes beside its states, while it makes all matrices of one shape orthogonal.
+
+    Counted in the matrices' own dtype, as on a CPU; a GPU computes in bfloat16 and takes less.
+    """
+    shapes = Counter(tuple(matrix.shape) for matrix in split_parameters(model)[0])
+    peaks = [0]
+    for shape, count in shapes.items():
+        with _without_storage():
+            gradients = [torch.empty(shape) for _ in range(count)]
+            live = LiveBytes(gradients)
+            with live:
+                orthogonal(torch.stack([gradient.lerp(gradient, 0.95) for gradient in gradients]))
+        peaks.append(sum(live.peak.values()))
+    return max(peaks)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from llmga.stage1.config import Stage1Config
 from llmga.stage1.plan.live_bytes import GRADIENTS
 
 WEIGHTS, OPTIMIZER, BUFFERS = "weights", "optimizer states", "communication buffers"
-_MASTER, _ADAM = 4, 8  # float32 copy of a weight; its two moments
+_MASTER, _ADAM, _MUON = 4, 8, 4  # float32 copy of a weight; its two moments, or its one momentum
 _REUSE = 1_000_000_000  # parameters; DeepSpeed's default for stage3_max_reuse_distance
 
 
@@ -68,17 +68,31 @@ class States:
     host: int
 
 
-def standing_states(engine: Engine, trained: int, frozen: int, hidden_size: int, weight_bytes: int) -> States:
+def optimizer_bytes(trained: int, matrices: int) -> int:
+    """Float32 states of what learns.
+
+    Args:
+        trained: parameters, by AdamW but for the matrices.
+        matrices: parameters that Muon trains.
+    """
+    return _ADAM * (trained - matrices) + _MUON * matrices
+
+
+def standing_states(
+    engine: Engine, trained: int, frozen: int, hidden_size: int, weight_bytes: int, matrices: int = 0
+) -> States:
     """What one device holds beside a step's activations.
 
     Args:
         trained, frozen: parameters.
         hidden_size: of the LLM; transformers derives DeepSpeed's bucket sizes from it.
         weight_bytes: of all weights as loaded; less than 4 a parameter for a quantised base.
+        matrices: of the trained parameters, by Muon; none under DeepSpeed.
     """
     if engine.stage is None:
         buckets = 4 * trained if engine.devices > 1 else 0  # DDP keeps a second copy of the gradients
-        return States({WEIGHTS: weight_bytes, OPTIMIZER: _ADAM * trained, BUFFERS: buckets}, 0, 0)
+        states = optimizer_bytes(trained, matrices)
+        return States({WEIGHTS: weight_bytes, OPTIMIZER: states, BUFFERS: buckets}, 0, 0)
     if engine.stage < 3:
         return _sharing_optimizer(engine, trained, hidden_size, weight_bytes)
     return _sharing_weights(engine, trained, hidden_size, weight_bytes)
