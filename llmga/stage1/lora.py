@@ -33,6 +33,8 @@ from llmga.tokens import TAGS, GenerationTags
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PROJECTOR = "multi_modal_projector"
 _MAX_MERGE_ERROR = 1e-4  # of the largest logit; rounding stays far below it
+# Of the largest logit, between two devices or attentions, by the dtype of the base.
+_MAX_ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 logger = logging.getLogger(__name__)
 
 
@@ -85,10 +87,13 @@ def save_adapter(
 ) -> Path:
     """Write adapters, tag rows and projector, and prove it: loaded onto the base again, they equal those given.
 
+    The right weights still answer otherwise where the folder's config scales or places them in another way. So model
+    and folder are also asked the same question, unless the base in memory is spread by ZeRO-3 or has four bits.
+
     Args:
         state_dict: of `model`, gathered; it may hold the frozen weights too.
     Raises:
-        ModelError: something is missing, or comes back otherwise.
+        ModelError: something is missing, or comes back or answers otherwise.
         FileExistsError: the folder holds something.
     """
     plain = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state_dict.items()}
@@ -110,8 +115,10 @@ def save_adapter(
         }
         write_provenance(temporary, facts)
         _check_same(temporary, load_file(temporary / ADAPTER_WEIGHTS), given)
-        _, reloaded = _load_unmerged(temporary, None, None, _frozen_dtype(model), None)
+        again, reloaded = _load_unmerged(temporary, None, None, _frozen_dtype(model), None)
         _check_same(temporary, _adapter_weights(reloaded), given)
+        if not any(hasattr(p, "ds_id") or hasattr(p, "quant_state") for p in model.parameters()):
+            _check_answers(temporary, again, mllm)
     return folder
 
 
@@ -154,6 +161,18 @@ def _check_same(folder: Path, found: Mapping[str, Tensor], given: Mapping[str, T
         if name in given and name in found and torch.equal(found[name], given[name].to(found[name].dtype)):
             continue
         raise ModelError(f"{folder}: {name} read back differs from what was saved (or is not finite)")
+
+
+def _check_answers(folder: Path, found: Mllm, given: Mllm) -> None:
+    """Compare logits, of a text alone: it is cheap for a large base, and the projector is a module like any other."""
+    expected = _probe(given, with_picture=False)
+    difference = float((_probe(found, with_picture=False) - expected).abs().max())
+    largest = max(1.0, float(expected.abs().max()))
+    if not difference <= _MAX_ROUNDING[found.model.dtype] * largest:
+        raise ModelError(
+            f"{folder}: read back, the adapter answers otherwise: logits of up to {largest:.3g} differ by "
+            f"{difference:.3g}; {ADAPTER_CONFIG} does not say how it was trained"
+        )
 
 
 def _frozen_dtype(model: nn.Module) -> torch.dtype:
@@ -267,11 +286,14 @@ def _is_adapted(name: str) -> bool:
 
 
 @torch.no_grad()
-def _probe(mllm: Mllm) -> Tensor:
-    """Logits of a question about a picture of noise, (L, V) float32."""
-    turns = [Turn("user", "What is this?", has_picture=True)]
+def _probe(mllm: Mllm, with_picture: bool = True) -> Tensor:
+    """Logits of a question, about a picture of noise or none, (L, V) float32; leaves the model in eval mode."""
+    turns = [Turn("user", "What is this?", has_picture=with_picture)]
     ids = encode_prompt(mllm.tokenizer, turns, mllm.processor.image_token, mllm.num_image_tokens)
-    side = mllm.model.config.vision_config.image_size
-    pixels = np.random.default_rng(0).standard_normal((1, 3, side, side), np.float32)
-    mllm.model.eval()
-    return mllm.model(input_ids=torch.tensor([ids]), pixel_values=torch.from_numpy(pixels)).logits[0].float()
+    inputs = {"input_ids": torch.tensor([ids])}
+    if with_picture:
+        side = mllm.model.config.vision_config.image_size
+        pixels = np.random.default_rng(0).standard_normal((1, 3, side, side), np.float32)
+        inputs["pixel_values"] = torch.from_numpy(pixels)
+    model = mllm.model.eval()
+    return model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}).logits[0].float().cpu()

@@ -8,10 +8,11 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 from typer.testing import CliRunner
@@ -46,9 +47,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def adapted(base: Path, target: str = "all") -> tuple[Mllm, PeftModel]:
+def adapted(base: Path, target: str = "all", dtype: torch.dtype = torch.float32) -> tuple[Mllm, PeftModel]:
     """A model with adapters whose trained weights have all moved, as training would move them."""
-    mllm = load_mllm(base)
+    mllm = load_mllm(base, dtype=dtype)
     set_trainable(mllm.model, "projector+llm")
     torch.manual_seed(0)
     model = add_adapter(mllm, LoraConfig(rank=4, alpha=8, dropout=0.0, target=target), base)
@@ -131,6 +132,26 @@ def test_an_adapter_that_is_not_finite_is_not_saved(bases: Path, tmp_path: Path)
     with pytest.raises(ModelError, match="read back differs from what was saved"):
         save_adapter(mllm, model, state_dict, tmp_path / "adapter", {})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_an_adapter_that_answers_otherwise_is_not_saved(
+    bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """All weights are as they were, but the config scales them by another factor."""
+    mllm, model = adapted(bases / "qwen2", dtype=dtype)
+    save = PeftConfig.save_pretrained
+
+    def save_wrongly(self: PeftConfig, path: str, **how: Any) -> None:
+        save(self, path, **how)
+        file = Path(path) / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 800}))
+
+    save_adapter(mllm, model, model.state_dict(), tmp_path / "right", {})
+    monkeypatch.setattr(PeftConfig, "save_pretrained", save_wrongly)
+    with pytest.raises(ModelError, match=r"read back, the adapter answers otherwise: logits of up to .* differ by"):
+        save_adapter(mllm, model, model.state_dict(), tmp_path / "wrong", {})
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_frozen_weights_are_low_and_what_learns_is_float32(bases: Path) -> None:
