@@ -24,7 +24,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from llmga.machine import machine_in_words
+from llmga.machine import machine_in_words, matrix_peak_tflops
 from llmga.stage2.chunks import join_rows
 from llmga.stage2.loss import noise_prediction_loss
 from llmga.stage2.prompt_encoder import LongPromptEncoder
@@ -75,7 +75,7 @@ def main() -> None:
         "precision": str(dtype).removeprefix("torch."), "device": device_name(device),
         "images_per_s": rates, "ratio": round(rates["cached"] / rates["published"], 3),
         "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.type == "cuda" else None,
-        "matrix_peak_tflops": matrix_peak(device) if device.type == "cuda" else None,
+        "matrix_peak_tflops": round(matrix_peak_tflops(device), 1) if device.type == "cuda" else None,
         "machine": machine_in_words("torch", "diffusers", threads=torch.get_num_threads(), note=options.note),
     }  # fmt: skip
     print(json.dumps(result, indent=1))
@@ -147,15 +147,6 @@ def timed(step: Callable[[], None], steps: int, device: torch.device) -> float:
     if on_gpu:
         torch.cuda.synchronize()
     return (clock() - begin) / steps
-
-
-def matrix_peak(device: torch.device) -> float:
-    """TFLOP/s of a large bf16 product, measured."""
-    side = 8192
-    matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16)
-    matrix @ matrix
-    seconds = timed(lambda: matrix @ matrix, 20, device)
-    return round(2 * side**3 / seconds / 1e12, 1)
 
 
 def device_name(device: torch.device) -> str:

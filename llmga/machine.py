@@ -2,8 +2,10 @@
 
 import os
 import platform
+import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 
 def machine_in_words(*libraries: str, threads: int | None = None, note: str = "") -> str:
@@ -22,6 +24,28 @@ def machine_in_words(*libraries: str, threads: int | None = None, note: str = ""
     versions = [f"{name} {version(name).split('+')[0]}" for name in libraries]
     parts = [where, f"{memory_gb:.0f} GB memory", platform.system(), f"Python {platform.python_version()}", *versions]
     return ", ".join(parts) + (f"; {note}" if note else "")
+
+
+def matrix_peak_tflops(device: Any, side: int = 8192, repeats: int = 20) -> float:
+    """The fastest of several bf16 products of two square matrices, in TFLOP/s: what the device does at best.
+
+    Args:
+        device: a `torch.device`.
+        side: of the matrices.
+        repeats: products, after one to warm up.
+    """
+    import torch  # the rest of this module is for machines without it as well
+
+    matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    fastest = float("inf")
+    for repeat in range(1 + repeats):
+        start = time.perf_counter()
+        matrix @ matrix
+        if matrix.is_cuda:
+            torch.cuda.synchronize(device)
+        if repeat:
+            fastest = min(fastest, time.perf_counter() - start)
+    return 2 * side**3 / fastest / 1e12
 
 
 def _processor() -> str:
