@@ -27,6 +27,7 @@ CORE = [
     "rich>=14",
     "jinja2>=3.1,<4",
 ]
+FOUR_BITS = "bitsandbytes>=0.50,<1"  # 4-bit weights under adapters (model.quantize), on a CPU as well
 TEST = [
     "pytest>=9,<10",
     "pytest-xdist>=3.8,<4",
@@ -37,9 +38,10 @@ TEST = [
     "mypy>=1.18",
     "import-linter>=2.5,<3",
     "types-PyYAML>=6",
+    FOUR_BITS,
 ]
 GPU = [
-    "bitsandbytes>=0.50,<1",  # 4-bit weights under adapters (model.quantize)
+    FOUR_BITS,
     "liger-kernel>=0.8.1,<1",  # fused kernels (model.liger)
 ]
 
