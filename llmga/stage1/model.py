@@ -172,6 +172,11 @@ def set_trainable(model: LlavaForConditionalGeneration, what: Literal["projector
         vision_tower.register_forward_pre_hook(_keep_in_eval_mode)
 
 
+def is_in_llm_block(name: str) -> bool:
+    """Whether a parameter of a LLaVA model belongs to a layer of its LLM, or of its vision tower."""
+    return ".layers." in name and "projector" not in name
+
+
 def learn_in_float32(model: nn.Module) -> None:
     """Make what learns float32 whatever the rest has; DeepSpeed's shards keep float32 copies of their own."""
     for parameter in model.parameters():

@@ -22,6 +22,7 @@ from llmga.checkpoint import checkpoint_step, read_marker
 from llmga.config import dump_config, paths_in
 from llmga.engine import engine_name
 from llmga.mixture import rows_per_epoch
+from llmga.muon import Muon
 from llmga.nodes.preflight import start_together
 from llmga.progress import RunProgress
 from llmga.provenance import made_with
@@ -38,12 +39,11 @@ from llmga.stage1.arguments import training_arguments
 from llmga.stage1.arithmetic import set_arithmetic
 from llmga.stage1.callbacks import BadSamples, CompleteCheckpoints, Figures, SampleReplies, StopWhenAsked
 from llmga.stage1.chat_rows import row_of
-from llmga.stage1.config import Stage1Config
+from llmga.stage1.config import MllmOptimConfig, Stage1Config
 from llmga.stage1.data import Stage1Dataset, build_datasets
 from llmga.stage1.feed import Feed, make_feed
 from llmga.stage1.held_out import mean_token_loss, token_losses
-from llmga.stage1.model import Mllm
-from llmga.stage1.muon import Muon
+from llmga.stage1.model import Mllm, is_in_llm_block
 from llmga.stage1.resume import accept_saved_names, check_same_adapter, complete_checkpoint
 from llmga.stage1.sample_page import SamplePages
 from llmga.stage1.samples import answer_questions, draw_questions
@@ -224,6 +224,14 @@ def _answerer(job: _Job, mllm: Mllm, held_out: dict[str, Stage1Dataset]) -> Call
     return answer
 
 
+def _muon(model: torch.nn.Module, optim: MllmOptimConfig) -> Muon | None:
+    """Muon for the blocks of the LLM, where the settings want it."""
+    if optim.matrix_lr is None:
+        return None
+    settings = {"betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
+    return Muon(model, is_in_llm_block, optim.lr, optim.matrix_lr, **settings)
+
+
 def _trainer(
     cfg: Stage1Config,
     start: Start,
@@ -233,8 +241,6 @@ def _trainer(
     callbacks: list[TrainerCallback],
 ) -> Trainer:
     """The Trainer, with its callbacks in order."""
-    matrix_lr = cfg.optim.matrix_lr
-    muon = None if matrix_lr is None else Muon(start.trained, cfg.optim, matrix_lr)
     trainer = Trainer(
         model=start.trained,
         args=arguments,
@@ -244,7 +250,7 @@ def _trainer(
         compute_metrics=mean_token_loss,
         preprocess_logits_for_metrics=token_losses,
         callbacks=callbacks,
-        optimizers=(muon, None),  # where None stands the Trainer makes its own: AdamW, and the schedule
+        optimizers=(_muon(start.trained, cfg.optim), None),  # for None the Trainer makes its own: AdamW, the schedule
     )
     _order_callbacks(trainer)
     return trainer

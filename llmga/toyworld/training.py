@@ -13,16 +13,21 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from llmga.files import written_aside
+from llmga.muon import Muon
 
 SAVE_EVERY_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to learn: AdamW, linear warm-up, cosine decay to 0, gradients clipped at norm 1, EMA."""
+    """How long and how fast to learn: linear warm-up, cosine decay to 0, gradients clipped at norm 1, EMA.
+
+    Where there is a `matrix_lr`, Muon trains the weights inside blocks with it and AdamW all else; else AdamW does all.
+    """
 
     steps: int
     lr: float
+    matrix_lr: float | None = None
     warmup: int = 100
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
@@ -57,9 +62,7 @@ def fit(
         a copy of the model with the moving average of its weights, in eval mode.
     """
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        learning, lr=schedule.lr, betas=schedule.betas, weight_decay=schedule.weight_decay, fused=True
-    )
+    optimizer = _optimizer(model, schedule)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
     average = AveragedModel(model, multi_avg_fn=_moving_average(schedule.ema_decay), use_buffers=True)
     parts = {"model": model, "optimizer": optimizer, "rate": rate, "average": average}
@@ -81,6 +84,19 @@ def fit(
             _save(state_path, parts, done)
             saved = now
     return average.module.eval()
+
+
+def _optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
+    settings = {"betas": schedule.betas, "weight_decay": schedule.weight_decay}
+    if schedule.matrix_lr is not None:
+        return Muon(model, _is_hidden, schedule.lr, schedule.matrix_lr, **settings)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(learning, lr=schedule.lr, **settings, fused=True)  # type: ignore[arg-type]
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a parameter belongs to a block of one of diffusers' networks, or to a layer of a transformer."""
+    return "_block" in name or ".layers." in name
 
 
 def _moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:

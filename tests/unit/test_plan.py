@@ -13,13 +13,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlavaForCo
 from typer.testing import CliRunner
 
 from llmga.cli import app
-from llmga.config import EXIT_BAD_INPUT, EXIT_OK, OptimConfig, RunConfig, save_config
+from llmga.config import EXIT_BAD_INPUT, EXIT_OK, RunConfig, save_config
+from llmga.muon import Muon
 from llmga.records import Record, write_manifest
 from llmga.stage1.config import DataConfig, LoraConfig, ModelConfig, SourceConfig, Stage1Config
 from llmga.stage1.cross_entropy import use_chunked_cross_entropy
 from llmga.stage1.data import build_datasets
-from llmga.stage1.model import set_trainable
-from llmga.stage1.muon import Muon
+from llmga.stage1.model import is_in_llm_block, set_trainable
 from llmga.stage1.plan.architecture import Counts, UnknownArchitecture, published, read_architecture
 from llmga.stage1.plan.disk import disk_use
 from llmga.stage1.plan.examples import plan_data
@@ -131,7 +131,7 @@ def test_muon_keeps_one_momentum_of_a_matrix_and_needs_room_for_its_step(tmp_pat
     set_trainable(model, "projector+llm")
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
-    optimizer = Muon(model, OptimConfig(), matrix_lr=1e-3)
+    optimizer = Muon(model, is_in_llm_block, lr=2e-5, matrix_lr=1e-3)
     optimizer.step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         optimizer.step()

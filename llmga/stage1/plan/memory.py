@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
+from llmga.muon import split_parameters
 from llmga.stage1.config import Stage1Config
-from llmga.stage1.model import learn_in_float32
-from llmga.stage1.muon import split_parameters
+from llmga.stage1.model import is_in_llm_block, learn_in_float32
 from llmga.stage1.plan.architecture import Architecture, Counts, build_without_weights, count_by_part, part_of
 from llmga.stage1.plan.live_bytes import ACTIVATIONS, GRADIENTS, LOSS
 from llmga.stage1.plan.rehearsal import BatchShape, HowToStep, rehearse_muon, rehearse_step
@@ -57,7 +57,7 @@ class MemoryModel:
         self.engine = Engine.of(cfg, devices)
         model = self._build()
         self.counts: dict[str, Counts] = count_by_part(model)
-        by_muon = split_parameters(model)[0] if cfg.optim.matrix_lr is not None else []
+        by_muon = split_parameters(model, is_in_llm_block)[0] if cfg.optim.matrix_lr is not None else []
         self.matrices = sum(matrix.numel() for matrix in by_muon)
 
     @property

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._mode_utils import no_dispatch
 
+from llmga.muon import orthogonal, split_parameters
 from llmga.stage1.cross_entropy import LossHead, summed_cross_entropy, use_chunked_cross_entropy
-from llmga.stage1.muon import orthogonal, split_parameters
+from llmga.stage1.model import is_in_llm_block
 from llmga.stage1.packed_attention import use_packed_sdpa
 from llmga.stage1.plan.live_bytes import GRADIENTS, LiveBytes
 
@@ -109,7 +110,7 @@ def rehearse_muon(model: nn.Module) -> int:
 
     Counted in the matrices' own dtype, as on a CPU; a GPU computes in bfloat16 and takes less.
     """
-    shapes = Counter(tuple(matrix.shape) for matrix in split_parameters(model)[0])
+    shapes = Counter(tuple(matrix.shape) for matrix in split_parameters(model, is_in_llm_block)[0])
     peaks = [0]
     for shape, count in shapes.items():
         with _without_storage():

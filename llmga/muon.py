@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmga.config import OptimConfig
-
 _QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan's Newton-Schulz step: steep at 0, near 1 between 0.7 and 1.2
 _STEPS = 5
 _MOMENTUM = 0.95
@@ -22,23 +20,28 @@ _RMS = 0.2  # of an update's entries, as AdamW's are wont to have (Liu et al., 2
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for the blocks' weight matrices, AdamW for embeddings, norms, biases and the projector.
+    """Muon for the hidden layers' weights, AdamW for all else: embeddings, norms, biases, first and last layers.
+
+    A convolution's weight is a matrix of as many rows as it has outputs.
 
     Args:
         model: gives the parameters to train.
-        optim: settings of AdamW; its weight decay holds for the matrices too.
-        matrix_lr: rate of the matrices, on AdamW's scale.
+        is_hidden: tells by its name whether a parameter belongs to a hidden layer.
+        lr: AdamW's rate.
+        matrix_lr: Muon's, on AdamW's scale.
+        settings: AdamW's betas, eps and weight decay; the matrices have that decay too, vectors have none.
     """
 
-    def __init__(self, model: nn.Module, optim: OptimConfig, matrix_lr: float) -> None:
-        matrices, others = split_parameters(model)
+    def __init__(
+        self, model: nn.Module, is_hidden: Callable[[str], bool], lr: float, matrix_lr: float, **settings: Any
+    ) -> None:
+        matrices, others = split_parameters(model, is_hidden)
         groups: list[dict[str, Any]] = [
             {"params": [parameter for parameter in others if parameter.ndim > 1]},
             {"params": [parameter for parameter in others if parameter.ndim <= 1], "weight_decay": 0.0},
             {"params": matrices, "lr": matrix_lr, "matrices": True},
         ]
-        settings = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
-        super().__init__([group for group in groups if group["params"]], **settings, fused=True)
+        super().__init__([group for group in groups if group["params"]], lr=lr, **settings, fused=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -66,10 +69,10 @@ class Muon(torch.optim.AdamW):
 
     def _update_alike(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         """All matrices of one shape; what it takes beside the states is gone when the next shape's turn comes."""
-        updates = orthogonal(torch.stack([self._momentum(parameter) for parameter in parameters]))
-        rate = lr * _RMS * max(parameters[0].shape) ** 0.5
+        updates = orthogonal(torch.stack([self._momentum(parameter).flatten(1) for parameter in parameters]))
+        rate = lr * _RMS * max(updates.shape[1:]) ** 0.5
         for parameter, update in zip(parameters, updates, strict=True):
-            parameter.mul_(1 - lr * weight_decay).add_(update, alpha=-rate)
+            parameter.mul_(1 - lr * weight_decay).add_(update.view_as(parameter), alpha=-rate)
 
     def _momentum(self, parameter: nn.Parameter) -> Tensor:
         """Nesterov's look ahead along the running mean of the gradients."""
@@ -82,14 +85,15 @@ class Muon(torch.optim.AdamW):
         return parameter.grad.lerp(mean, _MOMENTUM)
 
 
-def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The trained weight matrices of the LLM's blocks, and all other trained parameters."""
+def split_parameters(
+    model: nn.Module, is_hidden: Callable[[str], bool]
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The trained weights of hidden layers that have two or more dimensions, and all other trained parameters."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_matrix = parameter.ndim == 2 and ".layers." in name and "projector" not in name
-            (matrices if is_matrix else others).append(parameter)
+            (matrices if parameter.ndim > 1 and is_hidden(name) else others).append(parameter)
     return matrices, others
 
 
