@@ -22,7 +22,7 @@ from llmga.toyworld.readings import count_right, in_words, shares
 from llmga.toyworld.render import render
 from llmga.toyworld.scene import SPLITS, Scene, sample_scene
 from llmga.toyworld.tower import CLIP_MEAN, CLIP_STD
-from llmga.toyworld.training import Schedule, batches, fit
+from llmga.toyworld.training import Schedule, batches, fit, quick_arithmetic
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def train_autoencoder(
     def loss_of_step(step: int) -> Tensor:
         rng = np.random.default_rng([recipe.seed, step])
         pictures = to_pixels(draw(rng.integers(0, SPLITS["train"].stop, recipe.batch_size)))
-        with torch.autocast("cpu", torch.bfloat16):
+        with quick_arithmetic():
             posterior = model.encode(pictures).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
             rebuilt = model.decode(posterior.mean + posterior.std * noise).sample

@@ -23,7 +23,7 @@ from llmga.toyworld.describe import describe
 from llmga.toyworld.grammar import match_sentence
 from llmga.toyworld.scene import SPLITS, sample_scene
 from llmga.toyworld.tower import HEAD_SCALE, UNSEEN
-from llmga.toyworld.training import Schedule, fit
+from llmga.toyworld.training import Schedule, fit, quick_arithmetic
 from llmga.toyworld.wording import PLACES, WORDS, value_of
 
 NOT_SAID = 0
@@ -93,7 +93,7 @@ def train_text_encoder(recipe: TextRecipe, state_path: Path, log: Callable[[str]
 
     def loss_of_step(step: int) -> Tensor:
         rows = np.random.default_rng([recipe.seed, step]).integers(0, len(ids), recipe.batch_size)
-        with torch.autocast("cpu", torch.bfloat16):
+        with quick_arithmetic():
             states = reader["encoder"](ids[rows]).last_hidden_state
         logits = reader["heads"](states.float())
         losses = [

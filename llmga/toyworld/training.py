@@ -86,6 +86,12 @@ def fit(
     return average.module.eval()
 
 
+def quick_arithmetic() -> torch.autocast:
+    """bfloat16 on processors that compute in it; others only imitate it, in up to ten times the time of float32."""
+    known = torch.cpu.get_capabilities()
+    return torch.autocast("cpu", torch.bfloat16, enabled=bool(known["avx512_bf16"] or known["amx_bf16"]))
+
+
 def _optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
     settings = {"betas": schedule.betas, "weight_decay": schedule.weight_decay}
     if schedule.matrix_lr is not None:

@@ -23,7 +23,7 @@ from llmga.toyworld.autoencoder import decode_latents, draw, encode_pictures
 from llmga.toyworld.describe import Caption, describe
 from llmga.toyworld.readings import count_right, in_words, shares
 from llmga.toyworld.scene import SPLITS, Facts, Scene, sample_scene
-from llmga.toyworld.training import Schedule, batches, fit
+from llmga.toyworld.training import Schedule, batches, fit, quick_arithmetic
 
 BRIEF_SHARE = 0.15
 
@@ -160,7 +160,7 @@ def train_unet(
         noisy = noise_scheduler.add_noise(clean, noise, timesteps)
         if latents.conditions is not None:
             noisy = torch.cat([noisy, latents.conditions[rows]], dim=1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with quick_arithmetic():
             states = text_encoder(ids).last_hidden_state
             predicted = unet(noisy, timesteps, states).sample
         return F.mse_loss(predicted.float(), noise_scheduler.get_velocity(clean, noise, timesteps))
