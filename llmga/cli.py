@@ -389,7 +389,9 @@ def convert(
 def release(
     config: ConfigFile,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files with sizes and hashes; push none.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the files with sizes and hashes; push none.")
+    ] = False,
 ) -> None:
     """Release a trained model to the Hugging Face Hub: safetensors, card, read back, then one commit."""
     with _one_clear_message():

@@ -40,7 +40,7 @@ _LOADING: dict[Kind, _Loading] = {
     "mllm": _Loading(
         "transformers",
         "image-text-to-text",
-        'from transformers import AutoProcessor, LlavaForConditionalGeneration\n'
+        "from transformers import AutoProcessor, LlavaForConditionalGeneration\n"
         'model = LlavaForConditionalGeneration.from_pretrained("{repo}")\n'
         'processor = AutoProcessor.from_pretrained("{repo}")',
         "It was trained on pictures prepared by Pillow; `llmga.stage1.model.load_mllm` sees to that, and\n"
@@ -65,9 +65,7 @@ _LOADING: dict[Kind, _Loading] = {
     "restorer": _Loading(
         "llmga",
         "image-to-image",
-        "from llmga.diffrir.network import DiffRIR\n"
-        'model = DiffRIR.from_pretrained("{repo}")\n'
-        "print(model.describe())",
+        'from llmga.diffrir.network import DiffRIR\nmodel = DiffRIR.from_pretrained("{repo}")\nprint(model.describe())',
         "`llmga restore --model FOLDER` restores pictures with it.",
     ),
 }

@@ -110,9 +110,6 @@ def _restored(folder: Path) -> Tensor:
     mask = torch.zeros(1, 1, _SIDE, _SIDE)
     mask[..., : _SIDE // 2] = 1
     inputs = concat_reference(low, truth, mask) if model.reference else low
-    if model.phase == "prior":
-        image = model(inputs, truth).image
-    else:
-        image = model(inputs, noise=noise).image
+    image = (model(inputs, truth) if model.phase == "prior" else model(inputs, noise=noise)).image
     assert image is not None
     return image

@@ -80,7 +80,9 @@ class ReleaseConfig:
     pictures: list[PictureConfig] = field(default_factory=list)
     results: ResultsConfig | None = None
     merge: bool = False  # an adapter is merged into its base, and a whole model is released
-    shard_gb: Annotated[float, Limits(gt=0, le=50)] = 2.0  # a larger file of weights is split; an upload resumes by file
+    shard_gb: Annotated[float, Limits(gt=0, le=50)] = (
+        2.0  # a larger file of weights is split; an upload resumes by file
+    )
     private: bool = True  # the repository, when it is made
     replace: bool = False  # take out of the repository what no release has put there
     message: str = "Release"  # of the commit

@@ -1,4 +1,4 @@
-"""A release put together in a folder of its own: weights, settings, card, list of hashes; read back before it counts."""
+"""A release put together in a folder of its own: weights, settings, card and list of hashes, all of it read back."""
 
 import shutil
 import tempfile

@@ -67,9 +67,7 @@ class Hub:
         pause: waits so many seconds.
     """
 
-    def __init__(
-        self, repo: str, token: str | None, endpoint: str | None = None, pause: Pause = time.sleep
-    ) -> None:
+    def __init__(self, repo: str, token: str | None, endpoint: str | None = None, pause: Pause = time.sleep) -> None:
         self.repo, self.token, self.pause = repo, token, pause
         # False and not None: a token that lies in a file must not be used in its place.
         self.api = HfApi(endpoint=endpoint, token=token or False, library_name="llmga")

@@ -35,8 +35,8 @@ def kind_of(folder: Path) -> Kind:
         if {"scale", "phase", "prior_width"} <= settings.keys():
             return "restorer"
         raise ReleaseError(
-            f"{folder}/config.json describes neither a LLaVA (model_type {settings.get('model_type')!r}) nor a restorer; "
-            "`llmga convert` makes a LLaVA folder of a published checkpoint"
+            f"{folder}/config.json describes neither a LLaVA (model_type {settings.get('model_type')!r}) nor a "
+            "restorer; `llmga convert` makes a LLaVA folder of a published checkpoint"
         )
     inside = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
     raise ReleaseError(

@@ -69,7 +69,9 @@ def base_licence(base: BaseConfig, released_under: str) -> str:
     if licence is None:
         raise ReleaseError(f"base.licence: that of {base.id} is not known here; set it to what its card says")
     if known is not None and licence != known:
-        raise ReleaseError(f"base.licence: found {licence}, and {base.id} is under {known}; remove the key or correct it")
+        raise ReleaseError(
+            f"base.licence: found {licence}, and {base.id} is under {known}; remove the key or correct it"
+        )
     if licence in LICENCES and LICENCES[licence].passed_on and released_under != licence:
         raise ReleaseError(
             f"licence: found {released_under}; {base.id} is under {licence}, whose terms pass on to what is trained "

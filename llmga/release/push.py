@@ -108,8 +108,8 @@ def _compare(hub: Hub, folder: Path, replace: bool) -> _Difference:
         strange = sorted(remote.keys() - set(_NOT_OURS_BUT_FINE))
         if strange:
             raise ReleaseError(
-                f"{hub.repo} holds {len(strange)} files that no release has put there, first {strange[0]}; choose another "
-                "name, or set replace=true to replace them in the release's commit"
+                f"{hub.repo} holds {len(strange)} files that no release has put there, first {strange[0]}; choose "
+                "another name, or set replace=true to replace them in the release's commit"
             )
     return _Difference(head, changed, removed)
 

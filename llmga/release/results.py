@@ -43,7 +43,9 @@ def read_results(cfg: ResultsConfig, folder: Path) -> Measured:
     """
     document = read_json(cfg.path)
     if not isinstance(document.get("metrics"), list) or not isinstance(document.get("systems"), dict):
-        raise ReleaseError(f"{cfg.path} has no lists of metrics and systems; expected a document as `make eval` writes it")
+        raise ReleaseError(
+            f"{cfg.path} has no lists of metrics and systems; expected a document as `make eval` writes it"
+        )
     systems: dict[str, str] = document["systems"]
     system = cfg.system if cfg.system is not None or len(systems) != 1 else next(iter(systems))
     if system not in systems:

@@ -83,4 +83,6 @@ def _is_foreign(name: str, part: Any) -> bool:
 def _way_out(path: PurePosixPath) -> str:
     if path.stem in ("optimizer", "scheduler", "training_args", "random_states_0") or path.stem.startswith("rng_state"):
         return "That is state of a training run: release its final/ instead of a checkpoint"
-    return "Save the weights with save_pretrained, or turn a published checkpoint with `llmga convert`; move the file away"
+    return (
+        "Save the weights with save_pretrained, or turn a published checkpoint with `llmga convert`; move the file away"
+    )

@@ -27,7 +27,9 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.is_file() else [single.name]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or not names:
-        raise ReleaseError(f"{folder} lacks {', '.join(missing) or 'weights'}; expected safetensors, as they were saved")
+        raise ReleaseError(
+            f"{folder} lacks {', '.join(missing) or 'weights'}; expected safetensors, as they were saved"
+        )
     return [folder / name for name in names]
 
 
@@ -75,7 +77,9 @@ def count_same(given: list[Path], found: list[Path]) -> int:
             raise ReleaseError(f"{found[0].parent}: {name} is missing; nothing was pushed")
         other = _read([name], {name: homes.pop(name)})[name]
         if tensor.dtype != other.dtype or tensor.shape != other.shape or not torch.equal(_bits(tensor), _bits(other)):
-            raise ReleaseError(f"{found[0].parent}: {name} read back differs from {given[0].parent}; nothing was pushed")
+            raise ReleaseError(
+                f"{found[0].parent}: {name} read back differs from {given[0].parent}; nothing was pushed"
+            )
         count += 1
     if homes:
         raise ReleaseError(f"{found[0].parent}: {min(homes)} is in no file of {given[0].parent}; nothing was pushed")
