@@ -48,14 +48,15 @@ def pull(hub: Hub, folder: Path, revision: str | None = None) -> Pulled:
     if folder.is_dir() and any(folder.iterdir()):
         raise ReleaseError(f"{folder} exists already and is not empty; choose another folder (--out)")
     info = hub.call(f"look at {hub.repo}", lambda: hub.api.model_info(hub.repo, revision=revision))
-    remote = hub.call(f"list {hub.repo}", lambda: listed_remotely(hub.api, hub.repo, info.sha))
+    commit = str(info.sha)
+    remote = hub.call(f"list {hub.repo}", lambda: listed_remotely(hub.api, hub.repo, commit))
     if not remote:
-        raise ReleaseError(f"{hub.repo} at {info.sha} holds no files")
+        raise ReleaseError(f"{hub.repo} at {commit} holds no files")
     refuse_names(remote, hub.repo)
-    aside = _aside(folder, {"repo": hub.repo, "commit": info.sha})
+    aside = _aside(folder, {"repo": hub.repo, "commit": commit})
     # Settings first: they are small, and decide whether the weights are wanted.
     for name in sorted(remote, key=lambda name: (not name.endswith(".json"), name)):
-        _fetch(hub, remote[name], name, aside, info.sha)
+        _fetch(hub, remote[name], name, aside, commit)
         if name.endswith(".json") and not name.endswith(("tokenizer.json", "vocab.json")):
             refuse_remote_code(aside / name)
     shutil.rmtree(aside / _STATE, ignore_errors=True)
@@ -65,7 +66,7 @@ def pull(hub: Hub, folder: Path, revision: str | None = None) -> Pulled:
     if folder.is_dir():
         folder.rmdir()
     os.replace(aside, folder)
-    return Pulled(folder, hub.repo, info.sha, len(remote), listed)
+    return Pulled(folder, hub.repo, commit, len(remote), listed)
 
 
 def _aside(folder: Path, origin: dict[str, Any]) -> Path:

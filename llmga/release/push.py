@@ -93,7 +93,7 @@ def _info(hub: Hub) -> Any:
 
 def _compare(hub: Hub, folder: Path, replace: bool) -> _Difference:
     """What has to change in the repository, against its newest commit."""
-    head = hub.call(f"look at {hub.repo}", lambda: hub.api.model_info(hub.repo)).sha
+    head = str(hub.call(f"look at {hub.repo}", lambda: hub.api.model_info(hub.repo)).sha)
     remote = hub.call(f"list {hub.repo}", lambda: listed_remotely(hub.api, hub.repo, head))
     local = {file.path: file for file in release_files(folder)}
     changed = [name for name, file in local.items() if not _is_same(remote.get(name), folder / name, file.sha256)]
@@ -139,7 +139,8 @@ def _commit(
     A commit that was made without our hearing of it is found by comparing again; one that someone else made meanwhile
     is refused by the Hub, because ours names the commit it builds on.
     """
-    operations = [*additions, *(CommitOperationDelete(name) for name in difference.removed)]
+    removals = [CommitOperationDelete(name) for name in difference.removed]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [*additions, *removals]
 
     def attempt() -> str:
         now = _compare(hub, folder, replace)
@@ -150,9 +151,7 @@ def _commit(
                 f"cannot commit: {hub.repo} was changed by someone else meanwhile; look at it and run this again: "
                 "what was uploaded is kept"
             )
-        made = hub.api.create_commit(
-            hub.repo, operations, commit_message=message, parent_commit=difference.head or None
-        )
+        made = hub.api.create_commit(hub.repo, operations, commit_message=message, parent_commit=difference.head)
         return str(made.oid)
 
     commit = hub.call("commit", attempt, tries=_COMMIT_TRIES)

@@ -49,8 +49,8 @@ def reshard(sources: list[Path], folder: Path, stem: str, shard_bytes: int) -> l
                 raise ReleaseError(f"{path} and {homes[name].name} both hold {name}; save the model again")
             homes[name], sizes[name] = path, size
     split = split_state_dict_into_shards_factory(
-        sizes,  # type: ignore[arg-type]  # any values will do: only `get_storage_size` looks at them
-        get_storage_size=lambda size: size,  # type: ignore[arg-type, return-value]
+        sizes,  # any values will do: only `get_storage_size` looks at them
+        get_storage_size=lambda size: size,
         filename_pattern=stem + "{suffix}.safetensors",
         max_shard_size=shard_bytes,
     )
@@ -99,7 +99,7 @@ def _each(paths: list[Path]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _read(names: list[str], homes: dict[str, Path]) -> dict[str, Tensor]:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for path in sorted({homes[name] for name in names}):
         with safe_open(path, framework="pt") as file:
             tensors |= {name: file.get_tensor(name) for name in names if homes[name] == path}

@@ -17,7 +17,7 @@ from llmga.release.hub import Hub, HubError, discreet, is_transient, read_token,
 from llmga.release.kinds import ReleaseError
 from llmga.release.listing import write_listing
 from llmga.release.push import Pushed, push
-from tests.hub_server import Fault, HubServer, hub_server
+from tests.hub_server import Blob, Fault, HubServer, hub_server
 
 TOKEN = "hf_secretSecretSECRET0123456789abcd"
 REPO = "me/model"
@@ -192,28 +192,24 @@ def test_an_interrupted_push_goes_on_with_what_is_missing(server: HubServer, fol
     assert content(server)[LARGE[1]] == FILES[LARGE[1]]
 
 
-def test_someone_elses_commit_in_between_is_not_overwritten(
-    server: HubServer, folder: Path, waits: list[float]
+def test_an_upload_over_xet_that_fails_is_a_sentence_too(
+    server: HubServer, folder: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server.make(REPO)
-    theirs = server.make("me/other", files={"README.md": b"theirs"}).commits[-1][1]
-    original, raced = server.repos[REPO].commit, Fault("POST", ".*/objects/batch", 500)
-    server.faults = [raced]
-    waits_with_race = _Race(waits, lambda: original(theirs))
-    hub_http.time.sleep = waits_with_race.append  # type: ignore[attr-defined]
+    pytest.importorskip("hf_xet")  # huggingface_hub takes it where it is installed; this server does not speak it
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
+    assert "cannot upload" in refused(server, waits, folder)
+    assert server.asked("GET", ".*/xet-write-token/") > 0 and content(server) == {}
+
+
+def test_someone_elses_commit_in_between_is_not_overwritten(
+    server: HubServer, folder: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = server.make(REPO)
+    theirs = {**repo.commits[-1][1], "README.md": Blob(b"theirs", False)}
+    server.faults = [Fault("POST", ".*/objects/batch", 500)]
+    monkeypatch.setattr(hub_http, "time", SimpleNamespace(sleep=lambda seconds: repo.commit(theirs)))  # meanwhile
     assert "changed by someone else" in refused(server, waits, folder)
     assert content(server) == {"README.md": b"theirs"}
-
-
-class _Race:
-    """Something that happens while the library waits."""
-
-    def __init__(self, waits: list[float], happens: object) -> None:
-        self.waits, self.happens = waits, happens
-
-    def append(self, seconds: float) -> None:
-        self.happens()  # type: ignore[operator]
-        self.waits.append(seconds)
 
 
 def test_a_public_repository_takes_no_private_release(server: HubServer, folder: Path, waits: list[float]) -> None:
