@@ -141,6 +141,8 @@ def is_transient(error: BaseException) -> bool:
     status = status_of(error)
     if status is not None:
         return status in (408, 429) or status >= 500
+    if any(isinstance(each, OfflineModeIsEnabled) for each in chain(error)):  # a ConnectionError by its class
+        return False
     return any(isinstance(each, (*_TRANSPORT, json.JSONDecodeError)) for each in chain(error))
 
 

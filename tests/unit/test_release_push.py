@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import huggingface_hub.constants
 import huggingface_hub.utils._http as hub_http
 import pytest
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from llmga.release.hub import Hub, HubError, discreet, is_transient, read_token, redacted
 from llmga.release.kinds import ReleaseError
@@ -267,5 +268,5 @@ def test_logs_of_the_libraries_lose_token_and_signatures(caplog: pytest.LogCaptu
 
 def test_only_what_can_pass_is_transient() -> None:
     assert is_transient(ConnectionResetError()) and is_transient(json.JSONDecodeError("", "", 0))
-    assert not is_transient(ValueError("no"))
+    assert not is_transient(ValueError("no")) and not is_transient(OfflineModeIsEnabled("HF_HUB_OFFLINE"))
     assert redacted("see https://a.b/c?d=e and hf_x", "hf_x") == "see https://a.b/c and (token)"
