@@ -17,6 +17,7 @@ from tests.hub_server import Fault, HubServer, hub_server
 REPOSITORY = Path(__file__).parents[2]
 TOKEN = "hf_secretSecretSECRET0123456789abcd"
 TOY = "configs/release/toy.yaml"
+pytestmark = pytest.mark.timeout(900)  # up to six processes a test, each of which imports torch and transformers
 
 
 @pytest.fixture(scope="module")
