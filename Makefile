@@ -1,7 +1,7 @@
 # Everything starts here: `make` alone lists the commands. Nothing has to be installed first but Python 3.11+ and git.
 
 # Each stage has a config of its own unless CONFIG names one.
-JOB := $(firstword $(filter record stage2 cache diffrir,$(MAKECMDGOALS)) stage1)
+JOB := $(firstword $(filter record stage2 cache diffrir release,$(MAKECMDGOALS)) stage1)
 CONFIG ?= configs/$(JOB:cache=stage2)/toy.yaml
 ARGS   ?=
 
@@ -89,6 +89,10 @@ record: install $(NEEDS_DATA)  ## have the MLLM write the prompt of every row of
 .PHONY: eval
 eval: install $(TOY_DATA)  ## measure what stage 1 learned, the base model beside the tuned one
 	$(PY) eval/language.py $(ARGS)
+
+.PHONY: release
+release: install  ## release a model to the Hugging Face Hub; ARGS="repo=OWNER/NAME --dry-run" lists what would be pushed
+	@$(PY) -m llmga release $(CONFIG) $(ARGS)
 
 .PHONY: toy-base
 toy-base: install  ## train the shipped toy base MLLM again

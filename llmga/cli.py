@@ -385,6 +385,40 @@ def convert(
         typer.echo(report)
 
 
+@app.command()
+def release(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the files with sizes and hashes; push none.")
+    ] = False,
+) -> None:
+    """Release a trained model to the Hugging Face Hub: safetensors, card, read back, then one commit."""
+    with _one_clear_message():
+        from llmga.config import load_config
+        from llmga.release.config import ReleaseConfig
+
+        settings = load_config(ReleaseConfig, config, overrides or ())
+        _log_to_stderr()
+        from llmga.release.command import release as release_model
+
+        release_model(settings, dry_run, typer.echo)
+
+
+@app.command()
+def pull(
+    repo: Annotated[str, typer.Argument(help="owner/name on the Hub.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to make; else models/NAME.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; else the main branch.")] = None,
+) -> None:
+    """Fetch a model from the Hub: no pickles, no code, every file checked by its hash."""
+    with _one_clear_message():
+        from llmga.release.command import fetch
+
+        _log_to_stderr()
+        typer.echo(fetch(repo, out, revision))
+
+
 def newest_model() -> Path:
     """What `make stage1` made, else the shipped tuned model, else the shipped base model, which writes no tags."""
     candidates = (Path("runs/stage1_toy/final"), SHIPPED_MODELS / "tuned" / "mllm")
@@ -444,7 +478,11 @@ def _one_clear_message() -> Iterator[None]:
     from llmga.config import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED
 
     # By name, because importing llmga.runtime here would import torch.
-    codes = {"llmga.runtime.Interrupted": EXIT_INTERRUPTED, "llmga.runtime.RunFailed": EXIT_FAILED}
+    codes = {
+        "llmga.runtime.Interrupted": EXIT_INTERRUPTED,
+        "llmga.runtime.RunFailed": EXIT_FAILED,
+        "llmga.release.hub.HubError": EXIT_FAILED,
+    }
     try:
         yield
     except KeyboardInterrupt:

@@ -165,8 +165,8 @@ def _check_same(folder: Path, found: Mapping[str, Tensor], given: Mapping[str, T
 
 def _check_answers(folder: Path, found: Mllm, given: Mllm) -> None:
     """Compare logits, of a text alone: it is cheap for a large base, and the projector is a module like any other."""
-    expected = _probe(given, with_picture=False)
-    difference = float((_probe(found, with_picture=False) - expected).abs().max())
+    expected = probe_logits(given, with_picture=False)
+    difference = float((probe_logits(found, with_picture=False) - expected).abs().max())
     largest = max(1.0, float(expected.abs().max()))
     if not difference <= _MAX_ROUNDING[found.model.dtype] * largest:
         raise ModelError(
@@ -215,21 +215,21 @@ def merge_adapter(adapter: Path, folder: Path, base: Path | None = None, dtype: 
     if folder.is_dir() and any(folder.iterdir()):
         raise ModelError(f"{folder} exists already and is not empty; move it away or choose another folder")
     mllm, model = _load_unmerged(adapter, None, None, torch.float32, base)
-    expected = _probe(mllm)
+    expected = probe_logits(mllm)
     mllm.model = model.merge_and_unload()
     mllm.write_tags(mllm.tags)
-    difference = float((_probe(mllm) - expected).abs().max())
+    difference = float((probe_logits(mllm) - expected).abs().max())
     if not difference <= _MAX_MERGE_ERROR * max(1.0, float(expected.abs().max())):
         raise ModelError(f"{adapter}: merged, the model's logits differ by {difference:.3g}; nothing was written")
-    stored = read_config(_base_of(adapter, base)).dtype or torch.float32
-    provenance = {"merged_from": {"adapter": str(adapter), "base": str(_base_of(adapter, base))}}
+    stored = read_config(base_of(adapter, base)).dtype or torch.float32
+    provenance = {"merged_from": {"adapter": str(adapter), "base": str(base_of(adapter, base))}}
     if before := read_provenance(adapter):
         provenance["adapter"] = before
     save_mllm(mllm, None, folder, provenance, dtype or stored)
     return difference
 
 
-def _base_of(folder: Path, base: Path | None) -> Path:
+def base_of(folder: Path, base: Path | None) -> Path:
     """Where the base is: as given; or as the adapter names it, from its folder, from here, or from a folder above it.
 
     So the two are found when they were moved together, with the run folder or with all that a relative path names.
@@ -255,7 +255,7 @@ def _load_unmerged(
         )
     config, processor = PeftConfig.from_pretrained(folder), load_processor(folder)
     facts = read_provenance(folder)
-    base = _base_of(folder, base)
+    base = base_of(folder, base)
     mllm = load_mllm(base, tags or TAGS.get(facts.get("generation_tags", "")), attention, dtype)
     mllm.processor = processor
     if facts.get("picture_size") is not None:
@@ -286,7 +286,7 @@ def _is_adapted(name: str) -> bool:
 
 
 @torch.no_grad()
-def _probe(mllm: Mllm, with_picture: bool = True) -> Tensor:
+def probe_logits(mllm: Mllm, with_picture: bool = True) -> Tensor:
     """Logits of a question, about a picture of noise or none, (L, V) float32; leaves the model in eval mode."""
     turns = [Turn("user", "What is this?", has_picture=with_picture)]
     ids = encode_prompt(mllm.tokenizer, turns, mllm.processor.image_token, mllm.num_image_tokens)

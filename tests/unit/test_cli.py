@@ -40,7 +40,21 @@ def test_help_answers_in_half_a_second() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["stage1", "plan", "preflight", "preview", "config", "check", "world", "ask", "merge", "restore"]
+    "command",
+    [
+        "stage1",
+        "plan",
+        "preflight",
+        "preview",
+        "config",
+        "check",
+        "world",
+        "ask",
+        "merge",
+        "restore",
+        "release",
+        "pull",
+    ],
 )
 def test_every_command_explains_itself(command: str) -> None:
     code, out, _ = run(command, "--help")
