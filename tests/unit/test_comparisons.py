@@ -90,7 +90,7 @@ def test_rows_of_one_prompt_change_sides_together() -> None:
     assert permute_distances(first, second, reference, clusters=[i % 4 for i in range(30)]).p > 2 / 16 - 0.04
 
 
-def test_half_samples_give_an_interval_that_is_rather_too_wide() -> None:
+def test_half_samples_give_an_interval_of_the_right_width() -> None:
     covered, widths, values = [], [], []
     truth = -(0.4**2) * 4  # of the populations: b's mean is off by 0.4 in 4 directions
     reference = FrechetReference.from_gaussian(np.zeros(4), np.eye(4))
@@ -100,8 +100,8 @@ def test_half_samples_give_an_interval_that_is_rather_too_wide() -> None:
         covered.append(found.low <= truth <= found.high)
         widths.append(found.high - found.low)
         values.append(found.value)
-    assert np.mean(covered) > 0.9
-    assert 0.8 < np.mean(widths) / (2 * 1.96 * np.std(values)) < 2.2
+    assert np.mean(covered) > 0.85  # 94 % in 180 repeats
+    assert 0.8 < np.mean(widths) / (2 * 1.96 * np.std(values)) < 1.5
     assert (found.n, found.method) == (200, "50 paired half-samples, undivided")
 
 
