@@ -29,7 +29,14 @@ CORE = [
     "jinja2>=3.1,<4",
 ]
 FOUR_BITS = "bitsandbytes>=0.50,<1"  # 4-bit weights under adapters (model.quantize), on a CPU as well
+EVAL = [
+    "torch-fidelity>=0.4,<0.5",  # Inception as FID and IS are published with
+    "lpips>=0.1.4,<0.2",
+    "timm>=1,<2",  # DINO
+]
 TEST = [
+    *EVAL,
+    "torchmetrics>=1.9,<2",  # beside ours, in tests alone
     "pytest>=9,<10",
     "pytest-xdist>=3.8,<4",
     "pytest-timeout>=2.4,<3",
@@ -56,6 +63,6 @@ setup(
     packages=find_packages(include=["llmga", "llmga.*"]),
     package_data={"llmga": ["**/*.yaml", "**/*.j2", "**/*.jinja", "**/*.html", "toyworld/checkpoints/**/*"]},
     install_requires=CORE,
-    extras_require={"test": TEST, "gpu": GPU},
+    extras_require={"eval": EVAL, "test": TEST, "gpu": GPU},
     entry_points={"console_scripts": ["llmga = llmga.__main__:main"]},
 )

@@ -1,4 +1,5 @@
-"""How well what was put into a hole matches what is around it and what was there: seam, contrast, brightness, PSNR.
+"""How well what was put into a hole matches what is around it and what was there: seam, contrast, brightness, PSNR;
+and whether what should have stayed did.
 
 Pictures are (B, 3, H, W) floats in [0, 1]; holes are (B, 1, H, W), True or 1 where pixels were put in.
 """
@@ -59,9 +60,38 @@ def colour_fit(images: Tensor, targets: Tensor, holes: Tensor) -> ColourFit:
 
 def hole_psnr(images: Tensor, targets: Tensor, holes: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of RGB inside the hole alone, in dB; (B,) float64, not a number without a hole."""
-    weights = _checked(images, targets, holes).double().expand_as(images)
-    error = ((images.double() - targets.double()).square() * weights).sum(dim=(1, 2, 3)) / weights.sum(dim=(1, 2, 3))
-    return -10 * torch.log10(error)
+    inside = _checked(images, targets, holes)
+    return -10 * torch.log10(_mean_inside((images.double() - targets.double()).square(), inside))
+
+
+def hole_l1(images: Tensor, targets: Tensor, holes: Tensor) -> Tensor:
+    """Mean absolute difference of RGB inside the hole alone; (B,) float64, not a number without a hole."""
+    return _mean_inside((images.double() - targets.double()).abs(), _checked(images, targets, holes))
+
+
+def preserved_l1(images: Tensor, targets: Tensor, holes: Tensor) -> Tensor:
+    """Mean absolute difference of RGB outside the hole: what a system does to pixels that it should keep.
+
+    Measure its raw output: in one with the kept pixels pasted back this is 0 by construction.
+
+    Returns:
+        (B,) float64, not a number where nothing is kept.
+    Raises:
+        ValueError: shapes that do not go together.
+    """
+    return _mean_inside((images.double() - targets.double()).abs(), ~_checked(images, targets, holes))
+
+
+def preserved_psnr(images: Tensor, targets: Tensor, holes: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of RGB outside the hole, in dB; as `preserved_l1`."""
+    kept = ~_checked(images, targets, holes)
+    return -10 * torch.log10(_mean_inside((images.double() - targets.double()).square(), kept))
+
+
+def _mean_inside(values: Tensor, inside: Tensor) -> Tensor:
+    """(B,) mean over the channels of chosen pixels; 0 / 0 where there are none."""
+    weights = inside.double().expand_as(values)
+    return (values * weights).sum(dim=(1, 2, 3)) / weights.sum(dim=(1, 2, 3))
 
 
 def _border_step(images: Tensor, inside: Tensor) -> Tensor:

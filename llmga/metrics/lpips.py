@@ -1,11 +1,11 @@
 """LPIPS, the distance of pictures in a trained network's eyes; the package `lpips` enters the house here."""
 
 import importlib.util
-import os
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from llmga.metrics.weights import torch_cache
 
 TRUNK_FILE = "vgg16-397923af.pth"  # torchvision's, which `lpips` puts its own small heads on
 
@@ -21,13 +21,6 @@ def missing_for_lpips() -> str | None:
             "python -c \"import torchvision; torchvision.models.vgg16(weights='IMAGENET1K_V1')\" puts them there"
         )
     return None
-
-
-def torch_cache() -> Path:
-    """Where torch keeps downloaded weights: $TORCH_HOME, or torch in $XDG_CACHE_HOME or ~/.cache."""
-    home = os.environ.get("TORCH_HOME")
-    shared = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return (Path(home) if home else shared / "torch") / "hub" / "checkpoints"
 
 
 class Lpips:

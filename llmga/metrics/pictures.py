@@ -8,6 +8,29 @@ _LUMA = (65.481, 128.553, 24.966)  # BT.601, studio range
 _SSIM_WINDOW, _SSIM_SIGMA = 11, 1.5
 
 
+def l1(images: Tensor, targets: Tensor) -> Tensor:
+    """Mean absolute difference over pixels and channels.
+
+    Args:
+        images, targets: (B, 3, H, W) in [0, 1]. Editing is published with pictures brought to the target's size first.
+    Returns:
+        (B,) float64.
+    Raises:
+        ValueError: shapes that differ.
+    """
+    return _difference(images, targets).abs().mean(dim=(1, 2, 3))
+
+
+def l2(images: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared difference over pixels and channels; see `l1`."""
+    return _difference(images, targets).square().mean(dim=(1, 2, 3))
+
+
+def psnr(images: Tensor, targets: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of RGB, in dB, infinite for equal pictures; see `l1`."""
+    return -10 * torch.log10(l2(images, targets))
+
+
 def luma(images: Tensor) -> Tensor:
     """(B, 3, H, W) in [0, 1], rounded to 8 bits first, to (B, H, W) float64 in 16 to 235."""
     levels = (images.double().clamp(0, 1) * 255).round() / 255
@@ -74,3 +97,12 @@ def ssim_luma(images: Tensor, targets: Tensor, border: int = 0) -> Tensor:
     light = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
     return (light * structure).mean(dim=(1, 2, 3))
+
+
+def _difference(images: Tensor, targets: Tensor) -> Tensor:
+    """(B, 3, H, W) float64."""
+    if images.shape != targets.shape or images.ndim != 4:
+        raise ValueError(
+            f"images are {tuple(images.shape)} and targets {tuple(targets.shape)}; expected (B, 3, H, W) twice"
+        )
+    return images.double() - targets.double()

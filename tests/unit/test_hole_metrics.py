@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmga.masks import OUTPAINTING_WIDE, random_mask
-from llmga.metrics.holes import colour_fit, hole_psnr, seam_excess
+from llmga.metrics.holes import colour_fit, hole_l1, hole_psnr, preserved_l1, preserved_psnr, seam_excess
 from llmga.metrics.lpips import Lpips, missing_for_lpips
 from llmga.metrics.pictures import luma, ssim_luma
 from llmga.toyworld.render import render
@@ -54,6 +54,22 @@ def test_a_seam_counted_by_hand() -> None:
     # Neighbours across the border: 0.3 | 0, 0.9 | 0 in rows; 0 over 0.9 in columns.
     assert float(seam_excess(images, targets, holes)) == pytest.approx((0.3 + 0.9 + 0.9) / 3)
     assert float(hole_psnr(images, targets, holes)) == pytest.approx(-10 * math.log10((0.09 + 0.36 + 0.81) / 3))
+
+
+def test_errors_inside_and_outside_are_told_apart() -> None:
+    targets = torch.full((3, 3, 4, 4), 0.5)
+    holes = torch.zeros(3, 1, 4, 4)
+    holes[:2, :, :2], holes[2] = 1, 1
+    images = targets.clone()
+    images[0, :, :2] += 0.25  # the hole alone is off
+    images[1, :, 2:] -= 0.1  # what should have stayed is off
+    images[1, 0, 2:] += 0.1  # in two channels of three
+    assert hole_l1(images, targets, holes)[:2].tolist() == pytest.approx([0.25, 0])
+    assert preserved_l1(images, targets, holes)[:2].tolist() == pytest.approx([0, 0.2 / 3])
+    assert preserved_psnr(images, targets, holes)[:2].tolist() == pytest.approx(
+        [math.inf, -10 * math.log10(0.02 / 3)], rel=1e-5
+    )
+    assert preserved_l1(images, targets, holes).isnan().tolist() == [False, False, True]  # nothing is kept
 
 
 def test_holes_in_which_nothing_can_be_measured() -> None:
