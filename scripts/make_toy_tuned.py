@@ -17,6 +17,18 @@ from make_toy_base import Lesson, changes, run, ship
 CONFIG = Path("configs/stage1/toy_tuned.yaml")
 WORK = Path("runs/toy_tuned")
 ROWS = {"train": 50_000, "validation": 1_000}
+MIXTURE = {
+    "prompt_refinement": 0.08,
+    "similar_image": 0.08,
+    "inpainting": 0.1,
+    "outpainting": 0.04,
+    "editing": 0.22,
+    "plain_editing": 0.2,
+    "aim": 0.06,
+    "questions": 0.14,
+    "chat": 0.08,
+}
+"""All tasks, as `make stage1` has them, but more of what takes longest: edits."""
 SHIPPED = Path("llmga/toyworld/checkpoints/tuned/mllm")
 EDITING = Lesson(
     "editing",
@@ -34,7 +46,7 @@ def main(overrides: list[str]) -> None:
 
     splits = {"train": EDITING.rows, "validation": 1_000}
     build_world(WORK / EDITING.name / "data", splits=splits, seed=3, kind="stage1", weights=EDITING.parts)
-    build_world(WORK / "data", splits=ROWS, seed=1, kind="stage1")
+    build_world(WORK / "data", splits=ROWS, seed=1, kind="stage1", weights=MIXTURE)
     run(CONFIG, [*overrides, *changes(BASE, WORK / EDITING.name), *EDITING.overrides])
     ship(run(CONFIG, overrides), SHIPPED, BASE)
 

@@ -49,8 +49,8 @@ AIM_REQUESTS = (
     "{instruction} Which place is that?",
 )
 """Which shape an edit means, answered by its place."""
-HARD_EDITS = ("recolour", "add", "move")
-"""Kinds of edits that are learned last."""
+HARD_EDITS = ("recolour", "add", "move", "move")
+"""Kinds of edits that are learned last, the last of all twice."""
 IMAGINE_REQUESTS = (
     "{instruction} What is in the {place} then?",
     "Imagine this change: {instruction} What would the {place} hold?",
