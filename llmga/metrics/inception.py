@@ -1,6 +1,7 @@
 """The Inception network that FID, KID and the Inception score are published with; torch-fidelity enters here."""
 
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,7 @@ def _load(path: Path) -> nn.Module:
         torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity's own reading would run any code in it
         return FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
     except Exception as error:  # unpickling and loading raise errors of a dozen kinds
+        problem = shorten(str(error), 160, placeholder=" ...")  # hundreds of names of layers
         raise MetricError(
-            f"{path} does not hold weights of torch-fidelity's Inception ({error}); fetch them with: {FETCH}"
+            f"{path} does not hold weights of torch-fidelity's Inception ({problem}); fetch them with: {FETCH}"
         ) from error

@@ -91,7 +91,7 @@ def write_card(
     task = "image-to-image" if inpaints else loading.task
     names = {
         "repo": cfg.repo,
-        "base": cfg.base.id if cfg.base else "",
+        "base": cfg.base_model.id if cfg.base_model else "",
         "painting": _INPAINTING if inpaints else _PAINTING,
     }
     environment = jinja2.Environment(
@@ -102,7 +102,7 @@ def write_card(
         summary=cfg.summary.strip(),
         article="A",
         kind_name=NAMES[kind],
-        base=cfg.base,
+        base=cfg.base_model,
         hub=HUB,
         code=loading.code.format(**names),
         note=loading.note.format(**names),
@@ -128,8 +128,8 @@ def _head(cfg: ReleaseConfig, kind: Kind, task: str, measured: Measured | None) 
         library_name=_LOADING[kind].library,
         pipeline_tag=task,
         tags=["llmga", *cfg.tags],
-        base_model=cfg.base.id if cfg.base else None,
-        base_model_relation=("adapter" if kind == "adapter" else "finetune") if cfg.base else None,
+        base_model=cfg.base_model.id if cfg.base_model else None,
+        base_model_relation=("adapter" if kind == "adapter" else "finetune") if cfg.base_model else None,
         model_name=cfg.repo.rpartition("/")[2] if measured else None,
         eval_results=eval_results(measured, task) if measured else None,
     )
@@ -140,11 +140,11 @@ def _head(cfg: ReleaseConfig, kind: Kind, task: str, measured: Measured | None) 
 def _terms(cfg: ReleaseConfig, source: Path) -> str:
     """The paragraph about licences."""
     own = _described(cfg.licence)
-    if cfg.base is None:
+    if cfg.base_model is None:
         earlier = " Its training went on from an earlier run's model, which is not released."
         return f"The weights are under the {own}." + (earlier if read_provenance(source).get("base") else "")
-    licence = base_licence(cfg.base, cfg.licence)
-    text = f"The weights are under the {own}. The base model {cfg.base.id} is under the {_described(licence)}"
+    licence = base_licence(cfg.base_model, cfg.licence)
+    text = f"The weights are under the {own}. The base model {cfg.base_model.id} is under the {_described(licence)}"
     if licence in LICENCES and LICENCES[licence].passed_on:
         return f"{text}, whose terms, restrictions of use included, pass on to this model and to all made from it."
     return f"{text}."

@@ -71,7 +71,7 @@ class ReleaseConfig:
     repo: str  # owner/name on the Hub; made if missing
     licence: str  # the Hub's name of the licence that the weights are released under
     data: list[DataConfig]  # everything it was trained on
-    base: BaseConfig | None = None
+    base_model: BaseConfig | None = None
     from_scratch: bool = False  # there is no base
     title: str | None = None  # of the card; None: the repository's name
     summary: str = ""  # what the model is for, in a paragraph
@@ -101,13 +101,13 @@ class ReleaseConfig:
     def _repo_is_named(self) -> str | None:
         return None if HUB_ID.fullmatch(self.repo) else f'found "{self.repo}", expected owner/name, as on the Hub'
 
-    @combination("base", "from_scratch")
+    @combination("base_model", "from_scratch")
     def _base_or_none(self) -> str | None:
-        if (self.base is None) == self.from_scratch:
+        if (self.base_model is None) == self.from_scratch:
             return None
         if self.from_scratch:
             return "found a base and from_scratch=true; remove one"
-        return "found no base; set base.id to the Hub's owner/name, or from_scratch=true if there is none"
+        return "found no base; set base_model.id to the Hub's owner/name, or from_scratch=true if there is none"
 
 
 def _not_on_the_hub(name: str) -> str | None:

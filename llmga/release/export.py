@@ -44,16 +44,18 @@ def export(cfg: ReleaseConfig) -> Exported:
     measured = read_results(cfg.results, cfg.folder) if cfg.results else None
     if kind != "adapter" and cfg.merge:
         raise ReleaseError(f"merge: {cfg.folder} is a {NAMES[kind]} and no adapter; remove the key")
-    if kind == "adapter" and cfg.base is None:
-        raise ReleaseError(f"base: {cfg.folder} is an adapter, which is of no use without its base; set base.id")
+    if kind == "adapter" and cfg.base_model is None:
+        raise ReleaseError(
+            f"base_model: {cfg.folder} is an adapter, which is of no use without its base; set base_model.id"
+        )
     _make_room(cfg.staging)
     with tempfile.TemporaryDirectory() as temporary:
-        source, base = cfg.folder, cfg.base.folder if cfg.base else None
+        source, base = cfg.folder, cfg.base_model.folder if cfg.base_model else None
         if cfg.merge:
             source, kind = _merged(cfg.folder, base, Path(temporary) / "merged"), "mllm"
         taken = weights(source, kind)
         with write_folder_atomically(cfg.staging, durable=False) as out:
-            copy_settings(source, kind, out, cfg.base.id if cfg.base else None)
+            copy_settings(source, kind, out, cfg.base_model.id if cfg.base_model else None)
             for at, stem, files in taken:
                 reshard(files, out / at, stem, int(cfg.shard_gb * _BYTES_PER_GB))
             comparison = compare(kind, source, taken, out, base)

@@ -63,14 +63,14 @@ def base_licence(base: BaseConfig, released_under: str) -> str:
         ReleaseError: the licence is not known, the base's repository is gone, or its terms are not passed on.
     """
     if base.id in _GONE:
-        raise ReleaseError(f"base.id: {base.id} is gone from the Hub; its weights are {_GONE[base.id]} now")
+        raise ReleaseError(f"base_model.id: {base.id} is gone from the Hub; its weights are {_GONE[base.id]} now")
     known = next((licence for pattern, licence in _BASES if fnmatch(base.id.lower(), pattern)), None)
     licence = base.licence or known
     if licence is None:
-        raise ReleaseError(f"base.licence: that of {base.id} is not known here; set it to what its card says")
+        raise ReleaseError(f"base_model.licence: that of {base.id} is not known here; set it to what its card says")
     if known is not None and licence != known:
         raise ReleaseError(
-            f"base.licence: found {licence}, and {base.id} is under {known}; remove the key or correct it"
+            f"base_model.licence: found {licence}, and {base.id} is under {known}; remove the key or correct it"
         )
     if licence in LICENCES and LICENCES[licence].passed_on and released_under != licence:
         raise ReleaseError(

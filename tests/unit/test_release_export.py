@@ -25,7 +25,7 @@ from tests.toy import toy_mllm_folder, toy_restorer
 
 REPOSITORY = Path(__file__).parents[2]
 TUNED = REPOSITORY / "llmga/toyworld/checkpoints/tuned/mllm"
-SD15 = ("base.id=stable-diffusion-v1-5/stable-diffusion-v1-5", "licence=creativeml-openrail-m")
+SD15 = ("base_model.id=stable-diffusion-v1-5/stable-diffusion-v1-5", "licence=creativeml-openrail-m")
 
 
 def settings(folder: Path, out: Path, *overrides: str) -> ReleaseConfig:
@@ -141,7 +141,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_adapter_is_released_for_its_base_on_the_hub_or_merged_into_it(tmp_path: Path, adapter: Path) -> None:
-    named = ("base.id=them/llava-toy", "base.licence=apache-2.0")
+    named = ("base_model.id=them/llava-toy", "base_model.licence=apache-2.0")
     exported = export(settings(adapter, tmp_path / "alone", *named))
     assert exported.kind == "adapter" and head_of(tmp_path / "alone")["base_model_relation"] == "adapter"
     config = json.loads((tmp_path / "alone/adapter_config.json").read_text())
@@ -175,10 +175,13 @@ def test_pickles_and_code_are_refused_by_name(
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (("base.id=me/unheard-of",), "base.licence: that of me/unheard-of is not known here"),
-        (("base.id=runwayml/stable-diffusion-v1-5",), "gone from the Hub; its weights are stable-diffusion-v1-5/"),
+        (("base_model.id=me/unheard-of",), "base_model.licence: that of me/unheard-of is not known here"),
+        (
+            ("base_model.id=runwayml/stable-diffusion-v1-5",),
+            "gone from the Hub; its weights are stable-diffusion-v1-5/",
+        ),
         (SD15[:1], "licence: found apache-2.0; .* the release is under creativeml-openrail-m too"),
-        ((*SD15, "base.licence=mit"), "base.licence: found mit, and .* is under creativeml-openrail-m"),
+        ((*SD15, "base_model.licence=mit"), "base_model.licence: found mit, and .* is under creativeml-openrail-m"),
         (("merge=true",), "is a DiffRIR restorer and no adapter"),
     ],
 )
@@ -194,9 +197,9 @@ def test_a_local_path_is_no_base_model(tmp_path: Path, restorer: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "base").mkdir(parents=True)
     for name in ("runs/base", str(restorer)):
-        with pytest.raises(ConfigError, match=r"base.id.*a path on this machine"):
-            settings(restorer, tmp_path / "out", f"base.id={name}")
-    with pytest.raises(ConfigError, match=r"no base; set base.id"):
+        with pytest.raises(ConfigError, match=r"base_model.id.*a path on this machine"):
+            settings(restorer, tmp_path / "out", f"base_model.id={name}")
+    with pytest.raises(ConfigError, match=r"no base; set base_model.id"):
         load_config(ReleaseConfig, None, [f"folder={restorer}", "repo=me/x", "licence=mit", "data=[]"])
 
 
