@@ -84,8 +84,7 @@ def build_job(cfg: DiffRIRConfig, place: Place) -> Job:
     restorer = start_restorer(cfg, phase)
     if cfg.run.gradient_checkpointing:
         restorer.use_checkpointing()
-    if phase.name == "encoder":
-        restorer.generator.requires_grad_(False)  # it is not run: frozen, or data parallelism would wait for it
+    start_learning(restorer, phase)
     learners = _build_learners(cfg, phase, restorer.to(device), device)
 
     total = phase.steps * place.examples_per_step
@@ -111,6 +110,12 @@ def build_job(cfg: DiffRIRConfig, place: Place) -> Job:
         figures=partial(_bad_pictures, budget, place.examples_per_step),
         provenance=_provenance(cfg, phase),
     )
+
+
+def start_learning(restorer: DiffRIR, phase: PhaseConfig) -> None:
+    """Freeze what a phase does not train."""
+    if phase.name == "encoder":
+        restorer.generator.requires_grad_(False)  # it is not run: frozen, or data parallelism would wait for it
 
 
 def start_restorer(cfg: DiffRIRConfig, phase: PhaseConfig) -> DiffRIR:

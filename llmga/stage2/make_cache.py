@@ -46,13 +46,8 @@ def make_cache(cfg: Stage2Config, ranks: Ranks, anew: bool = False) -> Path:
         raise CacheError("cache.path is not set; add it to the config, or as cache.path=FOLDER")
     cfg.cache.path.mkdir(parents=True, exist_ok=True)
     _write_facts(cfg, anew)
-    sources = open_sources(cfg.data.sources, "data.sources")
-    sizes = sizes_of(cfg)
-    shards = [
-        SourceCache(cfg, source, number, bucket_table(source, sizes) if cfg.data.aspect_buckets else None)
-        for number, source in enumerate(sources)
-    ]
-    todo = list(_shards_to_make(shards, ranks))
+    shards = source_caches(cfg)
+    todo = list(shards_to_make(shards, ranks))
     total = sum(len(cache.rows(number)) for cache, number in todo)
     whole = sum(cache.num_shards for cache in shards)
     logger.info("%d of %d shards are to be made here: %d pictures", len(todo), whole, total)
@@ -68,7 +63,17 @@ def make_cache(cfg: Stage2Config, ranks: Ranks, anew: bool = False) -> Path:
     return cfg.cache.path
 
 
-def _shards_to_make(caches: list[SourceCache], ranks: Ranks) -> Iterator[tuple[SourceCache, int]]:
+def source_caches(cfg: Stage2Config) -> list[SourceCache]:
+    """The shards that a config's sources need, made or not."""
+    sizes = sizes_of(cfg)
+    return [
+        SourceCache(cfg, source, number, bucket_table(source, sizes) if cfg.data.aspect_buckets else None)
+        for number, source in enumerate(open_sources(cfg.data.sources, "data.sources"))
+    ]
+
+
+def shards_to_make(caches: list[SourceCache], ranks: Ranks) -> Iterator[tuple[SourceCache, int]]:
+    """Shards that are missing, damaged or stale, of those that fall to this process."""
     for cache in caches:
         mine = range(ranks.rank, cache.num_shards, ranks.world_size)
         for bad in cache.bad_shards(mine):
