@@ -167,9 +167,9 @@ class TrainingLoss:
 
 def export_pipeline(cfg: Stage2Config, parts: Parts, learner: Learner, folder: Path) -> None:
     """Write the pipeline that came out: the trained UNet, its average where there is one; what is frozen as it was."""
+    unet: Any = learner.module.float()  # first, or an average would be cut to what DeepSpeed trained in
     if learner.ema is not None:
         learner.ema.copy_to(learner.trained.values())
-    unet: Any = learner.module
     if cfg.model.lora is not None:
         _save_adapter(parts, unet, folder)
         unet.fuse_lora()
