@@ -27,6 +27,7 @@ from llmga.diffrir.perceptual import load_perceptual
 from llmga.diffrir.phases import DiscriminatorLoss, PredictionLoss, PriorLoss
 from llmga.learner import Learner
 from llmga.loop import Job, Place, run_loop
+from llmga.loop_figures import log_pictures
 from llmga.metrics.lpips import Lpips, missing_for_lpips
 from llmga.run_folder import RunFolder, explaining_full_disk, hashes
 from llmga.runtime import on_main
@@ -246,7 +247,8 @@ def _shower(cfg: DiffRIRConfig, place: Place, learner: Learner, pairs: list[dict
     def show(step: int) -> None:
         if place.ranks.is_main:
             with learner.averaged() as model:
-                strips.write(model, step, cfg.run.batch_size)
+                rows = strips.write(model, step, cfg.run.batch_size)
+            log_pictures(place.accelerator.trackers, step, rows)
 
     return show
 
