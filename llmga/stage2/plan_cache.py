@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from llmga.recipe import plan_page
 from llmga.records import RecordError
 from llmga.runtime import Ranks
-from llmga.stage2.cache import CacheError, check_facts, variants
+from llmga.stage2.cache import SourceCache, variants
 from llmga.stage2.config import Stage2Config
 from llmga.stage2.data import sizes_of
-from llmga.stage2.make_cache import shards_to_make, source_caches
+from llmga.stage2.make_cache import facts_of, shards_to_make, source_caches
 from llmga.stage2.parts import PipelineError, read_part_config
+from llmga.stage2.shards import CacheError
 from llmga.stage2.sources import Stage2DataError
 
 _VALUE_BYTES = {"fp16": 2, "fp32": 4}
@@ -18,15 +19,17 @@ _VALUE_BYTES = {"fp16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """The shards of one source.
+    """The shards of one kind of one source.
 
     Attributes:
-        pictures: of the whole source; to_make: those in shards that are missing, damaged or stale.
+        what: that they hold, pictures or prompts.
+        rows: of the whole source; to_make: those in shards that are missing, damaged or stale.
     """
 
     path: str
+    what: str
     shards: int
-    pictures: int
+    rows: int
     shards_to_make: int
     to_make: int
 
@@ -58,15 +61,21 @@ def plan_cache(cfg: Stage2Config, anew: bool = False) -> CachePlan:
         raise CacheError("cache.path is not set; add it to the config, or as cache.path=FOLDER")
     missing: list[str] = []
     picture_bytes = _picture_bytes(cfg, missing)
-    forgotten = False
-    if (cfg.cache.path / "cache.json").is_file() and picture_bytes is not None:
+    forgotten = _forgotten(cfg, anew) if picture_bytes is not None else set()
+    return CachePlan(cfg, _sources(cfg, forgotten, missing), picture_bytes, missing)
+
+
+def _forgotten(cfg: Stage2Config, anew: bool) -> set[str]:
+    """Kinds of shards that were made with other settings."""
+    kinds = set()
+    for facts in facts_of(cfg):
         try:
-            check_facts(cfg)
+            facts.fit()
         except CacheError:
             if not anew:
                 raise
-            forgotten = True
-    return CachePlan(cfg, _sources(cfg, forgotten, missing), picture_bytes, missing)
+            kinds.add(facts.kind)
+    return kinds
 
 
 def _picture_bytes(cfg: Stage2Config, missing: list[str]) -> int | None:
@@ -82,7 +91,7 @@ def _picture_bytes(cfg: Stage2Config, missing: list[str]) -> int | None:
     return round(len(variants(cfg)) * 2 * vae["latent_channels"] * area * _VALUE_BYTES[cfg.cache.precision])
 
 
-def _sources(cfg: Stage2Config, forgotten: bool, missing: list[str]) -> list[SourcePlan]:
+def _sources(cfg: Stage2Config, forgotten: set[str], missing: list[str]) -> list[SourcePlan]:
     try:
         caches = source_caches(cfg)
     except (RecordError, Stage2DataError, OSError) as error:
@@ -90,9 +99,11 @@ def _sources(cfg: Stage2Config, forgotten: bool, missing: list[str]) -> list[Sou
         return []
     plans = []
     for cache in caches:
-        shards = range(cache.num_shards) if forgotten else [number for _, number in shards_to_make([cache], Ranks())]
+        stale = (number for _, number in shards_to_make([cache], Ranks()))
+        shards = list(range(cache.num_shards) if cache.kind in forgotten else stale)
         to_make = sum(len(cache.rows(number)) for number in shards)
-        plans.append(SourcePlan(str(cache.source.path), cache.num_shards, len(cache.source), len(shards), to_make))
+        path, rows = str(cache.source.path), len(cache.source)
+        plans.append(SourcePlan(path, cache.what, cache.num_shards, rows, len(shards), to_make))
     return plans
 
 
@@ -105,7 +116,7 @@ def plan_text(plan: CachePlan) -> str:
             f"{len(variants(cfg))} variants of each picture, {cfg.cache.precision}",
             *(
                 f"{source.shards_to_make:,} of {source.shards:,} shards are to be made: {source.to_make:,} of "
-                f"{source.pictures:,} pictures of {source.path}"
+                f"{source.rows:,} {source.what} of {source.path}"
                 for source in plan.sources
             ),
             *_disk(plan),
@@ -118,7 +129,8 @@ def plan_text(plan: CachePlan) -> str:
 def _disk(plan: CachePlan) -> list[str]:
     if plan.picture_bytes is None or not plan.sources:
         return []
-    made, whole = (sum(getattr(source, key) for source in plan.sources) for key in ("to_make", "pictures"))
+    pictures = [source for source in plan.sources if source.what == SourceCache.what]
+    made, whole = sum(source.to_make for source in pictures), sum(source.rows for source in pictures)
     return [
         f"{plan.picture_bytes / 1e3:,.1f} kB a picture: {made * plan.picture_bytes / 1e9:,.3f} GB to write, "
         f"{whole * plan.picture_bytes / 1e9:,.3f} GB in all"
