@@ -162,7 +162,11 @@ def plan(
     """Tell what a run will do, need and cost, and show its first batch, without running it."""
     with _one_clear_message():
         _quiet_libraries()
-        if _is_stage2(config):
+        keys = _keys_of(config)
+        if "phases" in keys:
+            _plan_diffrir(config, overrides or [], devices)
+            return
+        if "task" in keys:
             _plan_stage2(config, overrides or [], devices)
             return
         from llmga.stage1.plan.plan import Asked, make_plan
@@ -179,10 +183,12 @@ def show_config(config: ConfigFile, overrides: Overrides = None) -> None:
         import yaml
 
         from llmga.config import dump_config, load_config
+        from llmga.diffrir.config import DiffRIRConfig
         from llmga.stage1.config import Stage1Config
         from llmga.stage2.config import Stage2Config
 
-        schema: type[Any] = Stage2Config if _is_stage2(config) else Stage1Config
+        keys = _keys_of(config)
+        schema: type[Any] = DiffRIRConfig if "phases" in keys else Stage2Config if "task" in keys else Stage1Config
         settings = load_config(schema, config, overrides or (), check_machine=False)
         typer.echo(yaml.safe_dump(dump_config(settings), sort_keys=False, allow_unicode=True), nl=False)
 
@@ -431,13 +437,13 @@ def newest_restorer() -> Path:
     return made if made.is_dir() else SHIPPED_MODELS / "tuned" / "restorer"
 
 
-def _is_stage2(config: Path) -> bool:
-    """Whether a config is one of stage 2, which alone has a `task`."""
+def _keys_of(config: Path) -> set[str]:
+    """The settings of a config by their first name: stage 2 alone has a `task`, restoration alone has `phases`."""
     from llmga.config_report import Report
     from llmga.config_source import read_yaml
 
     data, _ = read_yaml(config, Report(str(config)))
-    return "task" in data
+    return set(data)
 
 
 def _plan_stage2(config: Path, overrides: list[str], devices: int) -> None:
@@ -446,6 +452,15 @@ def _plan_stage2(config: Path, overrides: list[str], devices: int) -> None:
     from llmga.stage2.plan import make_plan, plan_text
 
     settings = load_config(Stage2Config, config, overrides, check_machine=False)
+    typer.echo(plan_text(make_plan(settings, devices)), nl=False)
+
+
+def _plan_diffrir(config: Path, overrides: list[str], devices: int) -> None:
+    from llmga.config import load_config
+    from llmga.diffrir.config import DiffRIRConfig
+    from llmga.diffrir.plan import make_plan, plan_text
+
+    settings = load_config(DiffRIRConfig, config, overrides, check_machine=False)
     typer.echo(plan_text(make_plan(settings, devices)), nl=False)
 
 

@@ -302,6 +302,8 @@ class _Loop:
         if self.with_deepspeed:
             assert len(self.job.learners) == 1, "DeepSpeed takes one network"
             learner.wrapped, _ = self.accelerator.prepare(learner.module, learner.optimizer)
+            if self.cfg.run.precision == "bf16":  # DeepSpeed casts the weights and, without autocast, nothing else
+                learner.module.register_forward_pre_hook(_inputs_in_bf16, with_kwargs=True)
         else:
             learner.wrapped = self.accelerator.prepare(learner.module)
 
@@ -387,6 +389,16 @@ def _loss_name(learner: Learner, job: Job) -> str:
 
 def _due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
+
+
+def _inputs_in_bf16(module: torch.nn.Module, arguments: Any, keywords: Any) -> tuple[Any, Any]:
+    """What a network is called with, in bf16; not numbers such as timesteps, which it embeds in float32 first."""
+    return tuple(map(_in_bf16, arguments)), {name: _in_bf16(value) for name, value in keywords.items()}
+
+
+def _in_bf16(value: Any) -> Any:
+    is_features = isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1
+    return value.to(torch.bfloat16) if is_features else value
 
 
 def _flat(batch: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -127,6 +128,19 @@ class LoopFigures:
         for name, value in zip(names, means, strict=True):
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._pending = {}
+
+
+def log_pictures(trackers: Sequence[Any], step: int, pictures: Sequence[np.ndarray]) -> None:
+    """Hand sample pictures to the trackers that take some.
+
+    Args:
+        trackers: of accelerate.
+        pictures: (H, W, 3) uint8 each, all of one size.
+    """
+    for tracker in trackers:
+        if hasattr(tracker, "log_images"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}  # it expects channels first
+            tracker.log_images({"samples": np.stack(pictures)}, step=step, **layout)
 
 
 def _flat_settings(value: Any, key: str = "") -> dict[str, str]:

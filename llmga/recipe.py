@@ -1,25 +1,29 @@
 """What a launcher starts: settings from the command line, then the work, then an exit code and one sentence.
 
-Nothing here imports torch until the settings are known to be sound.
+With --dry-run a recipe tells what it would do instead. Nothing here imports torch until the settings are known to be
+sound.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmga.config import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
+import yaml
+
+from llmga.config import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, dump_config
 from llmga.nodes.settings import load_config_together
 from llmga.problem import sentence_of
 
 
 def recipe_parser(description: str | None) -> argparse.ArgumentParser:
-    """The arguments that every recipe has: a config, and overrides."""
+    """The arguments that every recipe has: a config, overrides, and whether only to tell what would be done."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="YAML file with the settings that differ from the defaults")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings on top of the file's")
+    parser.add_argument("--dry-run", action="store_true", help="tell what would be done, and stop")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser
 
@@ -56,6 +60,38 @@ def run_recipe(schema: type[Any], options: argparse.Namespace, work: Callable[[A
         code = EXIT_OK
     close_distributed()
     return code
+
+
+def print_plan(plan: Callable[[], str]) -> int:
+    """Print what a recipe would do, on the first of the launcher's processes.
+
+    Args:
+        plan: makes the text; it imports what is heavy itself.
+    Returns:
+        The exit code: 0 done, 2 bad input or settings.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return EXIT_OK
+    try:
+        sys.stdout.write(plan())
+    except ValueError as error:
+        if not type(error).__module__.startswith("llmga."):
+            raise  # nothing that we foresaw
+        return tell(sentence_of(error), EXIT_BAD_INPUT)
+    return EXIT_OK
+
+
+def launched_devices() -> int:
+    """As many as the launcher started processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def plan_page(cfg: Any, sections: Mapping[str, Sequence[str]], end: str) -> str:
+    """A plan as text for a terminal: all settings, then the sections that have lines, then one line at the end."""
+    settings = yaml.safe_dump(dump_config(cfg), sort_keys=False, allow_unicode=True).splitlines()
+    told = {title: lines for title, lines in ({"settings": settings} | dict(sections)).items() if lines}
+    parts = ["\n".join([f"== {title}", *lines]) for title, lines in told.items()]
+    return "\n\n".join([*parts, end]) + "\n"
 
 
 def tell(message: str, code: int) -> int:

@@ -5,6 +5,7 @@
     srun python scripts/record_prompts.py configs/record/laion.yaml          # any number of nodes
     python scripts/record_prompts.py my.yaml --rank 3 --world-size 16        # or started by hand, at any time
     python scripts/record_prompts.py my.yaml --merge                         # put together what is recorded
+    python scripts/record_prompts.py my.yaml --dry-run                       # tell what is left to record, and stop
 
 Processes never wait for each other; the last one done merges. Killed or stopped, the same command goes on, with any
 number of processes. Exit codes: 0 done, 2 bad input or settings, 130 interrupted with everything recorded kept.
@@ -13,18 +14,16 @@ number of processes. Exit codes: 0 done, 2 bad input or settings, 130 interrupte
 import argparse
 import os
 import sys
-from pathlib import Path
 
-from llmga.config import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, load_config_or_exit
+from llmga.config import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, load_config, load_config_or_exit
 from llmga.problem import sentence_of
+from llmga.recipe import print_plan, recipe_parser
 from llmga.stage1.record.config import RecordConfig
 
 
 def main() -> int:
     """Read the settings, record, and say in one sentence what went wrong if anything did."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="YAML file with the settings that differ from the defaults")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings on top of the file's")
+    parser = recipe_parser(__doc__)
     parser.add_argument("--rank", type=int, help="number of this process, from 0; by default the launcher's")
     parser.add_argument("--world-size", type=int, help="how many processes there are")
     parser.add_argument("--merge", action="store_true", help="record nothing, write the manifest of what is there")
@@ -33,6 +32,8 @@ def main() -> int:
         parser.error("--rank and --world-size go together")
     if options.rank is not None and not 0 <= options.rank < options.world_size:
         parser.error(f"--rank is {options.rank}, expected 0 to {options.world_size - 1}, one less than --world-size")
+    if options.dry_run:
+        return print_plan(lambda: _plan(options))
     cfg = load_config_or_exit(RecordConfig, options.config, options.overrides)
     return _record(cfg, options)
 
@@ -64,6 +65,12 @@ def _record(cfg: RecordConfig, options: argparse.Namespace) -> int:
     if merged is not None:
         print(merged)
     return EXIT_OK
+
+
+def _plan(options: argparse.Namespace) -> str:
+    from llmga.stage1.record.plan import make_plan, plan_text
+
+    return plan_text(make_plan(load_config(RecordConfig, options.config, options.overrides, check_machine=False)))
 
 
 if __name__ == "__main__":

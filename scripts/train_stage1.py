@@ -12,25 +12,19 @@ torchrun, which starts ZeRO runs as well. `make stage1` sets the timeout.
 Exit codes: 0 done, 1 failed, 2 bad input or settings, 130 interrupted with the state saved.
 """
 
-import os
 import sys
 from pathlib import Path
+from typing import Any
 
-from llmga.config import EXIT_BAD_INPUT, EXIT_OK
-from llmga.problem import sentence_of
-from llmga.recipe import recipe_parser, run_recipe, tell
+from llmga.recipe import launched_devices, print_plan, recipe_parser, run_recipe
 from llmga.stage1.config import Stage1Config
 
 
 def main() -> int:
     """Read the settings, train, and say in one sentence what went wrong if anything did."""
-    parser = recipe_parser(__doc__)
-    parser.add_argument(
-        "--dry-run", action="store_true", help="tell what would be done, as `llmga plan` does, and stop"
-    )
-    options = parser.parse_intermixed_args()
+    options = recipe_parser(__doc__).parse_intermixed_args()
     if options.dry_run:
-        return _dry_run(options.config, options.overrides)
+        return print_plan(lambda: _plan(options))
     return run_recipe(Stage1Config, options, _train)
 
 
@@ -40,21 +34,13 @@ def _train(cfg: Stage1Config) -> Path:
     return train(cfg)
 
 
-def _dry_run(config: Path, overrides: list[str]) -> int:
-    """Print the plan for as many devices as the launcher started processes, once."""
+def _plan(options: Any) -> str:
+    """For as many devices as the launcher started processes; nothing has to be here yet."""
     from llmga.stage1.plan.plan import Asked, make_plan
     from llmga.stage1.plan.text import plan_text
 
-    if os.environ.get("RANK", "0") != "0":
-        return EXIT_OK
-    try:
-        plan = make_plan(config, overrides, Asked(devices=int(os.environ.get("WORLD_SIZE", "1"))))
-    except ValueError as error:
-        if not type(error).__module__.startswith("llmga."):
-            raise
-        return tell(sentence_of(error), EXIT_BAD_INPUT)
-    print(plan_text(plan, colour=sys.stdout.isatty()), end="")
-    return EXIT_OK
+    plan = make_plan(options.config, options.overrides, Asked(devices=launched_devices()))
+    return plan_text(plan, colour=sys.stdout.isatty())
 
 
 if __name__ == "__main__":

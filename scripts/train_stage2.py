@@ -9,23 +9,18 @@ Ctrl-C or SIGTERM saves and stops; the same command goes on. `make stage2` start
 Exit codes: 0 done, 1 failed, 2 bad input or settings, 130 interrupted with the state saved.
 """
 
-import os
-from pathlib import Path
 from typing import Any
 
-from llmga.config import EXIT_BAD_INPUT, EXIT_OK, load_config
-from llmga.problem import sentence_of
-from llmga.recipe import recipe_parser, run_recipe, tell
+from llmga.config import load_config
+from llmga.recipe import launched_devices, print_plan, recipe_parser, run_recipe
 from llmga.stage2.config import Stage2Config
 
 
 def main() -> int:
     """Read the settings, train, and say in one sentence what went wrong if anything did."""
-    parser = recipe_parser(__doc__)
-    parser.add_argument("--dry-run", action="store_true", help="tell what would be done, as `llmga plan` does")
-    options = parser.parse_intermixed_args()
+    options = recipe_parser(__doc__).parse_intermixed_args()
     if options.dry_run:
-        return _show_plan(options.config, options.overrides)
+        return print_plan(lambda: _plan(options))
     return run_recipe(Stage2Config, options, _train)
 
 
@@ -35,20 +30,12 @@ def _train(cfg: Stage2Config) -> Any:
     return train(cfg)
 
 
-def _show_plan(config: Path, overrides: list[str]) -> int:
-    """Print the plan for as many devices as the launcher started processes, once; nothing has to be here yet."""
+def _plan(options: Any) -> str:
+    """For as many devices as the launcher started processes; nothing has to be here yet."""
     from llmga.stage2.plan import make_plan, plan_text
 
-    if os.environ.get("RANK", "0") != "0":
-        return EXIT_OK
-    try:
-        cfg = load_config(Stage2Config, config, overrides, check_machine=False)
-        print(plan_text(make_plan(cfg, devices=int(os.environ.get("WORLD_SIZE", "1")))), end="")
-    except ValueError as error:
-        if not type(error).__module__.startswith("llmga."):
-            raise
-        return tell(sentence_of(error), EXIT_BAD_INPUT)
-    return EXIT_OK
+    cfg = load_config(Stage2Config, options.config, options.overrides, check_machine=False)
+    return plan_text(make_plan(cfg, launched_devices()))
 
 
 if __name__ == "__main__":

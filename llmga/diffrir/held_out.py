@@ -114,8 +114,8 @@ class Strips:
             if number > step:
                 path.unlink()
 
-    def write(self, model: DiffRIR, step: int, batch_size: int) -> Path:
-        """Restore the pictures and write the strip of a step; returns its path."""
+    def write(self, model: DiffRIR, step: int, batch_size: int) -> list[np.ndarray]:
+        """Restore the pictures and write the strip of a step; returns its rows, (H, W, 3) uint8 each."""
         rows = [
             row for batch, images in restore_pairs(model, self.pairs, batch_size) for row in self._rows(batch, images)
         ]
@@ -129,7 +129,7 @@ class Strips:
         with written_aside(path) as aside:
             Image.fromarray(sheet).save(aside, format="PNG")
         atomic_write(self.folder / "index.html", self._page())
-        return path
+        return rows
 
     def _rows(self, batch: Pair, images: Tensor) -> Iterator[np.ndarray]:
         truth, mask = batch["ground_truth"], batch["edit_mask"]

@@ -27,6 +27,7 @@ from llmga.diffrir.perceptual import load_perceptual
 from llmga.diffrir.phases import DiscriminatorLoss, PredictionLoss, PriorLoss
 from llmga.learner import Learner
 from llmga.loop import Job, Place, run_loop
+from llmga.loop_figures import log_pictures
 from llmga.metrics.lpips import Lpips, missing_for_lpips
 from llmga.run_folder import RunFolder, explaining_full_disk, hashes
 from llmga.runtime import on_main
@@ -84,8 +85,7 @@ def build_job(cfg: DiffRIRConfig, place: Place) -> Job:
     restorer = start_restorer(cfg, phase)
     if cfg.run.gradient_checkpointing:
         restorer.use_checkpointing()
-    if phase.name == "encoder":
-        restorer.generator.requires_grad_(False)  # it is not run: frozen, or data parallelism would wait for it
+    start_learning(restorer, phase)
     learners = _build_learners(cfg, phase, restorer.to(device), device)
 
     total = phase.steps * place.examples_per_step
@@ -111,6 +111,12 @@ def build_job(cfg: DiffRIRConfig, place: Place) -> Job:
         figures=partial(_bad_pictures, budget, place.examples_per_step),
         provenance=_provenance(cfg, phase),
     )
+
+
+def start_learning(restorer: DiffRIR, phase: PhaseConfig) -> None:
+    """Freeze what a phase does not train."""
+    if phase.name == "encoder":
+        restorer.generator.requires_grad_(False)  # it is not run: frozen, or data parallelism would wait for it
 
 
 def start_restorer(cfg: DiffRIRConfig, phase: PhaseConfig) -> DiffRIR:
@@ -241,7 +247,8 @@ def _shower(cfg: DiffRIRConfig, place: Place, learner: Learner, pairs: list[dict
     def show(step: int) -> None:
         if place.ranks.is_main:
             with learner.averaged() as model:
-                strips.write(model, step, cfg.run.batch_size)
+                rows = strips.write(model, step, cfg.run.batch_size)
+            log_pictures(place.accelerator.trackers, step, rows)
 
     return show
 

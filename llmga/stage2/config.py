@@ -125,8 +125,9 @@ class CacheConfig:
     """Latents made ahead of training by scripts/cache_stage2.py; without a path they are made while training."""
 
     path: Path | None = None  # folder of the cache
+    text: bool = False  # what the text encoders say of the prompts, too: 0.1 MB for each 75 tokens, SDXL 0.3 MB
     crops: AtLeastOne = 1  # random crops kept of each picture; 1 with crop: center
-    precision: Literal["fp16", "fp32"] = "fp16"  # of the stored latents
+    precision: Literal["fp16", "fp32"] = "fp16"  # of what is stored
     rows_per_shard: AtLeastOne = 2048
 
 
@@ -164,6 +165,14 @@ class Stage2Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+
+    @combination("cache.text", "cache.path")
+    def _text_beside_latents(self) -> str | None:
+        return (
+            "encoded prompts lie beside the latents; set cache.path"
+            if self.cache.text and not self.cache.path
+            else None
+        )
 
     @combination("data.crop", "cache.path", "cache.crops")
     def _crops_that_fit(self) -> str | None:

@@ -26,11 +26,12 @@ from llmga.mixture import Mixture
 from llmga.records import Record
 from llmga.stage2.config import MaskConfig, Stage2Config
 from llmga.stage2.pixels import Crop, Size, bucket_sizes, crop_picture, group_by_bucket, to_unit_range
-from llmga.stage2.prompt_batch import UNCONDITIONAL, Prompt, PromptTokenizer
+from llmga.stage2.prompt_batch import UNCONDITIONAL, Prompt, PromptTokenizer, join_windows
 from llmga.stage2.sources import Source, Stage2DataError
 
 if TYPE_CHECKING:
     from llmga.stage2.cache import LatentCache
+    from llmga.stage2.text_cache import TextCache
 
 MAX_NEIGHBOURS = 10  # rows tried in place of one whose picture cannot be read
 _SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
@@ -66,6 +67,7 @@ class Stage2Dataset:
         seed: of everything that is drawn.
         bad_samples: file that names what was replaced.
         caches: for each source its latents, or None.
+        texts: for each source its encoded prompts; None: they are encoded while training.
         held_out: no mirroring, no dropout, centre crops; for measuring.
     """
 
@@ -81,13 +83,14 @@ class Stage2Dataset:
         buckets: Sequence[np.ndarray] | None = None,
         bad_samples: Path | None = None,
         caches: "Sequence[LatentCache | None] | None" = None,
+        texts: "Sequence[TextCache] | None" = None,
         held_out: bool = False,
     ) -> None:
         self.data, self.task, self.objective = cfg.data, cfg.task, cfg.objective
         self.sources, self.order, self.positions, self.buckets = list(sources), order, positions, buckets
         self.shape, self.seed, self.bad_samples = shape, seed, bad_samples
         self.caches = list(caches) if caches is not None else [None] * len(self.sources)
-        self.held_out = held_out
+        self.texts, self.held_out = texts, held_out
         self.sizes = sizes_of(cfg)
         self.masks = mask_mixture(cfg.data.masks)
 
@@ -147,6 +150,8 @@ class Stage2Dataset:
             "noise": noise[0] + np.float32(self.objective.noise_offset) * shift,
             "posterior_noise": noise[1],
         }
+        if self.texts is not None:
+            example["windows"] = self.texts[number].read(row, prompt)
         mask = self._mask(rng, record, number, crop) if self.task == "inpainting" else None
         hides_all = mask is not None and bool(mask.all())
         if cache is not None:
@@ -216,6 +221,7 @@ class Stage2Collator:
 
     Returns a dict of
         prompts: `PromptBatch`; texts: what was tokenized; sample_ids: of the rows.
+        encoded: what the text encoders say of the prompts, where that is cached; for each of them `EncodedRows`.
         noise, posterior_noise: (B, C, h, w) float32; timesteps: (B,) int64; time_ids: (B, 6) float32.
         pixels: (B, 3, H, W) float32 in [-1, 1]; or mean, std: (B, C, h, w) float32, where latents are cached.
         mask: (B, 1, H, W) float32, 1 = generate; hidden_rows: (M,) int64, rows whose mask keeps something, and
@@ -236,6 +242,8 @@ class Stage2Collator:
             "noise": _stacked(examples, "noise"),
             "posterior_noise": _stacked(examples, "posterior_noise"),
         }
+        if "windows" in examples[0]:
+            batch["encoded"] = join_windows([example["windows"] for example in examples], batch["prompts"])
         if "mean" in examples[0]:
             batch |= {"mean": _stacked(examples, "mean"), "std": _stacked(examples, "std")}
         else:

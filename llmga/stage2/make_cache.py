@@ -3,28 +3,31 @@
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
 
 from llmga.checkpoint import sha256
-from llmga.files import atomic_write, written_aside
+from llmga.files import atomic_write
 from llmga.images import PictureError, open_picture, picture_path
 from llmga.memory import explaining_memory
 from llmga.progress import RunProgress
 from llmga.runtime import Interrupted, Ranks, StopSignal
 from llmga.stage2.buckets import bucket_table
-from llmga.stage2.cache import CacheError, SourceCache, cache_facts, check_facts, variant_crop, variants
+from llmga.stage2.cache import SourceCache, cache_facts, variant_crop, variants
 from llmga.stage2.config import Stage2Config
 from llmga.stage2.data import sizes_of
 from llmga.stage2.parts import Parts, load_parts
 from llmga.stage2.pixels import crop_picture, to_unit_range
+from llmga.stage2.shards import CacheError, Shards, check_facts_of
 from llmga.stage2.sources import open_sources
+from llmga.stage2.text_cache import TextShards, text_facts, write_text_shard
 
 logger = logging.getLogger(__name__)
 Cuts = list[tuple[np.ndarray, np.ndarray]]  # a picture in every variant, each with its time ids
@@ -45,17 +48,13 @@ def make_cache(cfg: Stage2Config, ranks: Ranks, anew: bool = False) -> Path:
     if cfg.cache.path is None:
         raise CacheError("cache.path is not set; add it to the config, or as cache.path=FOLDER")
     cfg.cache.path.mkdir(parents=True, exist_ok=True)
-    _write_facts(cfg, anew)
-    sources = open_sources(cfg.data.sources, "data.sources")
-    sizes = sizes_of(cfg)
-    shards = [
-        SourceCache(cfg, source, number, bucket_table(source, sizes) if cfg.data.aspect_buckets else None)
-        for number, source in enumerate(sources)
-    ]
-    todo = list(_shards_to_make(shards, ranks))
+    for facts in facts_of(cfg):
+        facts.write(anew)
+    shards = source_caches(cfg)
+    todo = list(shards_to_make(shards, ranks))
     total = sum(len(cache.rows(number)) for cache, number in todo)
     whole = sum(cache.num_shards for cache in shards)
-    logger.info("%d of %d shards are to be made here: %d pictures", len(todo), whole, total)
+    logger.info("%d of %d shards are to be made here: %d rows", len(todo), whole, total)
     if not todo:
         return cfg.cache.path
     signals = StopSignal()
@@ -68,7 +67,20 @@ def make_cache(cfg: Stage2Config, ranks: Ranks, anew: bool = False) -> Path:
     return cfg.cache.path
 
 
-def _shards_to_make(caches: list[SourceCache], ranks: Ranks) -> Iterator[tuple[SourceCache, int]]:
+def source_caches(cfg: Stage2Config) -> list[Shards]:
+    """The shards that a config's sources need, made or not: latents, and where they are asked for texts."""
+    sizes = sizes_of(cfg)
+    sources = open_sources(cfg.data.sources, "data.sources")
+    latents = [
+        SourceCache(cfg, source, number, bucket_table(source, sizes) if cfg.data.aspect_buckets else None)
+        for number, source in enumerate(sources)
+    ]
+    texts = [TextShards(cfg, source, number) for number, source in enumerate(sources) if cfg.cache.text]
+    return [*latents, *texts]
+
+
+def shards_to_make(caches: Sequence[Shards], ranks: Ranks) -> Iterator[tuple[Shards, int]]:
+    """Shards that are missing, damaged or stale, of those that fall to this process."""
     for cache in caches:
         mine = range(ranks.rank, cache.num_shards, ranks.world_size)
         for bad in cache.bad_shards(mine):
@@ -80,7 +92,7 @@ def _shards_to_make(caches: list[SourceCache], ranks: Ranks) -> Iterator[tuple[S
 def _make(
     cfg: Stage2Config,
     parts: Parts,
-    todo: list[tuple[SourceCache, int]],
+    todo: list[tuple[Shards, int]],
     progress: RunProgress,
     total: int,
     signals: StopSignal,
@@ -94,35 +106,30 @@ def _make(
         progress.report(done, {"samples_per_s": round(speed, 2), "eta_s": (total - done) / speed})
         if signals.received and done < total:
             raise Interrupted(
-                f"stopped by {signals.received}; {done} of {total} pictures are kept, and the same command goes on"
+                f"stopped by {signals.received}; {done} of {total} rows are kept, and the same command goes on"
             )
 
 
-def write_shard(cfg: Stage2Config, parts: Parts, cache: SourceCache, number: int) -> None:
+def write_shard(cfg: Stage2Config, parts: Parts, shards: Shards, number: int) -> None:
     """Encode the rows of a shard and write it."""
+    if isinstance(shards, TextShards):
+        write_text_shard(cfg, parts.encoder, shards, number)
+        return
+    assert isinstance(shards, SourceCache)
     kept: dict[str, dict[str, list[np.ndarray]]] = {}
     entries: list[dict[str, Any]] = []
-    rows = cache.rows(number)
+    rows = shards.rows(number)
     with ThreadPoolExecutor(4) as pool:
         for start in range(0, len(rows), _AT_ONCE):
-            part = rows[start : start + _AT_ONCE]
-            loaded = list(pool.map(lambda row: _load(cfg, cache, row), part))
+            loaded = list(pool.map(partial(_load, cfg, shards), rows[start : start + _AT_ONCE]))
             _encode(parts, cfg, loaded, kept)
             entries += [entry for entry, _ in loaded]
-    path = cache.shard_path(number)
     tensors = {
         f"{name}.{key}": np.ascontiguousarray(np.stack(values))
         for name, by_key in kept.items()
         for key, values in by_key.items()
     }
-    # safetensors writes memory as it lies, and an autoencoder's output may lie with its channels last.
-    assert all(tensor.flags.c_contiguous for tensor in tensors.values())
-    path.with_suffix(".json").unlink(missing_ok=True)  # an index never stands beside another shard's tensors
-    with written_aside(path) as aside:
-        save_file(tensors, aside)
-        aside.chmod(0o644)
-        facts = {"bytes": aside.stat().st_size, "sha256": sha256(aside)}
-    atomic_write(path.with_suffix(".json"), json.dumps({"file": facts, "rows": entries}, ensure_ascii=False))
+    shards.write(number, tensors, entries)
 
 
 def _load(cfg: Stage2Config, cache: SourceCache, row: int) -> tuple[dict[str, Any], Cuts]:
@@ -168,20 +175,51 @@ def _encode(
             store["time_ids"].append(np.stack([time_ids for _, time_ids in cuts]))
 
 
-def _write_facts(cfg: Stage2Config, anew: bool) -> None:
-    assert cfg.cache.path is not None
-    path = cfg.cache.path / "cache.json"
-    if path.is_file():
+@dataclass(frozen=True)
+class Facts:
+    """What shards of one kind are made with.
+
+    Attributes:
+        file: where it is written down.
+        made_with: the settings' answer.
+        kind: of the shards' files.
+    """
+
+    file: Path
+    made_with: dict[str, Any]
+    kind: str
+
+    def fit(self) -> None:
+        """Raise a CacheError where the file is there and says otherwise."""
+        if self.file.is_file():
+            check_facts_of(self.file, self.made_with)
+
+    def write(self, anew: bool) -> None:
+        """Write them down, or find that they are the same.
+
+        Args:
+            anew: forget the shards that were made with others, instead of raising.
+        """
         try:
-            check_facts(cfg)
+            self.fit()
         except CacheError:
             if not anew:
                 raise
         else:
-            return  # made, perhaps a moment ago by a process beside this one, with these settings
-        for shard in cfg.cache.path.glob("source-*/shard-*"):
+            if self.file.is_file():
+                return  # made, perhaps a moment ago by a process beside this one, with these settings
+        for shard in self.file.parent.glob(f"source-*/{self.kind}-*"):
             shard.unlink(missing_ok=True)
-    atomic_write(path, json.dumps(cache_facts(cfg), indent=1))
+        atomic_write(self.file, json.dumps(self.made_with, indent=1))
+
+
+def facts_of(cfg: Stage2Config) -> list[Facts]:
+    """Of everything that a config caches."""
+    assert cfg.cache.path is not None
+    latents = Facts(cfg.cache.path / "cache.json", cache_facts(cfg), SourceCache.kind)
+    if not cfg.cache.text:
+        return [latents]
+    return [latents, Facts(cfg.cache.path / "text.json", text_facts(cfg), TextShards.kind)]
 
 
 def _device(ranks: Ranks) -> torch.device:

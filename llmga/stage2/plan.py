@@ -16,8 +16,8 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from llmga.config import dump_config
 from llmga.engine import engine_name
+from llmga.recipe import plan_page
 from llmga.records import RecordError
 from llmga.stage2.config import Stage2Config
 from llmga.stage2.parts import PipelineError, add_adapter, check_task, read_part_config
@@ -247,26 +247,27 @@ def plan_text(plan: Stage2Plan) -> str:
     per_step = run.batch_size * run.accumulation_steps * plan.devices
     steps = "steps unknown, because rows are" if plan.steps is None else f"{plan.steps:,} steps"
     rows = "" if plan.rows is None else f" over {plan.rows:,} rows"
-    lines = ["== settings", *yaml.safe_dump(dump_config(cfg), sort_keys=False, allow_unicode=True).splitlines(), ""]
-    lines += [
-        "== data",
-        f"{steps}{rows}; {run.batch_size} examples x {run.accumulation_steps} forward passes x {plan.devices} devices "
-        f"= {per_step:,} examples a step",
-        "",
-        "== parameters",
-        *(f"{part:<14} {count:>15,}" for part, count in plan.parameters.items()),
-        f"{'learning':<14} {plan.trained:>15,}",
-        "",
-        "== memory per device",
-        *(f"{part:<28} {size:6.2f} GiB" for part, size in plan.memory.items()),
-        f"{'together':<28} {sum(plan.memory.values()):6.2f} GiB",
-        "",
-        "== arithmetic",
-        f"{plan.flops_per_step / 1e12:,.1f} TFLOP a step, {plan.flops_per_step / per_step / 1e12:.2f} an example",
-    ]
+    time = []
     if plan.steps is not None:
         hours = plan.flops_per_step * plan.steps / plan.devices / 1e14 / 3600
-        lines.append(f"{hours:,.1f} hours at 100 TFLOP/s on each device")
-    if plan.missing:
-        lines += ["", "== not on this machine", *(f"- {note}" for note in plan.missing)]
-    return "\n".join([*lines, "", "nothing was trained and nothing written"]) + "\n"
+        time = [f"{hours:,.1f} hours at 100 TFLOP/s on each device"]
+    sections = {
+        "data": [
+            f"{steps}{rows}; {run.batch_size} examples x {run.accumulation_steps} forward passes x {plan.devices} "
+            f"devices = {per_step:,} examples a step"
+        ],
+        "parameters": [
+            *(f"{part:<14} {count:>15,}" for part, count in plan.parameters.items()),
+            f"{'learning':<14} {plan.trained:>15,}",
+        ],
+        "memory per device": [
+            *(f"{part:<28} {size:6.2f} GiB" for part, size in plan.memory.items()),
+            f"{'together':<28} {sum(plan.memory.values()):6.2f} GiB",
+        ],
+        "arithmetic": [
+            f"{plan.flops_per_step / 1e12:,.1f} TFLOP a step, {plan.flops_per_step / per_step / 1e12:.2f} an example",
+            *time,
+        ],
+        "not on this machine": [f"- {note}" for note in plan.missing],
+    }
+    return plan_page(cfg, sections, "nothing was trained and nothing written")

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llmga.prompt_chunks import PromptTokens, tokenize_prompts, warn_of_lost_words
-from llmga.stage2.chunks import chunk_rows
+from llmga.stage2.chunks import EncodedRows, chunk_rows
 from llmga.stage2.long_prompt import split_chunks
 from llmga.stage2.prompt_layout import PromptLayout
 from llmga.stage2.prompt_weights import read_brackets
@@ -120,6 +121,34 @@ class PromptTokenizer:
             torch.tensor(num_chunks),
             torch.tensor([prompt.num_chunks for prompt in tokens]),
         )
+
+
+OwnWindows = list[tuple[np.ndarray, np.ndarray | None]]  # per text encoder: states and projected vectors, see below
+
+
+def join_windows(examples: Sequence[OwnWindows], prompts: PromptBatch) -> tuple[EncodedRows, ...]:
+    """What the text encoders say of a batch, from what is known of each of its prompts alone.
+
+    Args:
+        examples: for each prompt and text encoder (1 + K, 77, D) states and (1 + K, P) projected vectors or None: of
+            the empty text's window, then of the prompt's own; the former fills up where a batch wants more windows.
+        prompts: the same prompts as tokens.
+    """
+    encoded = []
+    for tower, windows in enumerate(prompts.towers):
+        states, projected = [], []
+        for example, count in zip(examples, windows.num_chunks.tolist(), strict=True):
+            own = len(example[tower][0]) - 1
+            assert own <= count
+            order = [*range(1, own + 1), *[0] * (count - own)]
+            states.append(example[tower][0][order])
+            vectors = example[tower][1]
+            if vectors is not None:
+                projected.append(vectors[order])
+        joined = [torch.from_numpy(np.concatenate(parts)) if parts else None for parts in (states, projected)]
+        assert joined[0] is not None
+        encoded.append(EncodedRows(joined[0], joined[1]))
+    return tuple(encoded)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from llmga.prompt_chunks import PromptError
-from llmga.stage2.chunks import MAX_ROWS, encode_rows, join_rows
+from llmga.stage2.chunks import MAX_ROWS, EncodedRows, encode_rows, join_rows
 from llmga.stage2.long_prompt import pool_rows, side_by_side
 from llmga.stage2.prompt_batch import (
     UNCONDITIONAL,
@@ -183,13 +183,24 @@ class LongPromptEncoder:
         return PromptPair(both[: len(positive)], both[len(positive) :])
 
     @torch.no_grad()
-    def encode_tokens(self, batch: PromptBatch) -> EncodedPrompts:
-        """Encode what `tokenize` made, perhaps in another process."""
+    def encode_windows(self, batch: PromptBatch) -> tuple[EncodedRows, ...]:
+        """What each text encoder says of a batch's windows, every distinct one encoded once."""
+        return tuple(
+            encode_rows(windows.rows, tower.text_encoder, tower.skipped_layers, tower.final_norm, self.max_rows)
+            for tower, windows in zip(self.towers, batch.towers, strict=True)
+        )
+
+    @torch.no_grad()
+    def encode_tokens(self, batch: PromptBatch, encoded: Sequence[EncodedRows] | None = None) -> EncodedPrompts:
+        """Encode what `tokenize` made, perhaps in another process.
+
+        Args:
+            encoded: what `encode_windows` says of the batch, where that is known already.
+        """
+        by_tower = self.encode_windows(batch) if encoded is None else encoded
         sequences = []
-        for tower, windows in zip(self.towers, batch.towers, strict=True):
-            rows, encoder = windows.rows, tower.text_encoder
-            encoded = encode_rows(rows, encoder, tower.skipped_layers, tower.final_norm, self.max_rows)
-            states, mask = join_rows(encoded.states, windows.num_chunks, self.layout.keep_middle)
+        for rows, windows in zip(by_tower, batch.towers, strict=True):
+            states, mask = join_rows(rows.states, windows.num_chunks, self.layout.keep_middle)
             if windows.weights is not None:
                 weights, _ = join_rows(windows.weights[:, :, None], windows.num_chunks, self.layout.keep_middle)
                 states = weigh(states, weights[:, :, 0])
@@ -197,7 +208,7 @@ class LongPromptEncoder:
         embeds = side_by_side(sequences)
         pooled = None
         if self.has_pooled:  # of the last tower, whose rows the loop has left here
-            pooled = pool_rows(encoded, windows.num_chunks, self.layout.pooled, windows.num_text_chunks)
+            pooled = pool_rows(rows, windows.num_chunks, self.layout.pooled, windows.num_text_chunks)
         if self.zero_unconditional and bool(batch.unconditional.any()):
             embeds = embeds.masked_fill(batch.unconditional[:, None, None].to(embeds.device), 0)
             if pooled is not None:

@@ -4,7 +4,8 @@ samples/index.html     one row for each prompt, one column for each step
 samples/step-500/0.png
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,88 +18,97 @@ from llmga.files import atomic_write, written_aside
 from llmga.images import open_picture, picture_path
 from llmga.learner import Learner
 from llmga.loop import Place
+from llmga.loop_figures import log_pictures
 from llmga.masks import random_mask
 from llmga.runtime import MetricsLog
 from llmga.stage2.config import Stage2Config
 from llmga.stage2.data import mask_mixture
 from llmga.stage2.parts import Parts
 from llmga.stage2.pixels import Crop, crop_picture
-from llmga.stage2.prompt_batch import attending_to
+from llmga.stage2.sample import Painted, Sampler
+from llmga.stage2.sample_inputs import Settings
 from llmga.stage2.sources import Source
 
 
 class SamplePictures:
-    """Paints the same prompts from the same noise at every step, with the averaged weights, on rank 0."""
+    """Paints the same prompts from the same noise at every step, with the averaged weights, on rank 0.
+
+    It paints as `llmga sample` does, through the same code, so that what is seen here is what will be had.
+    """
 
     def __init__(
         self, cfg: Stage2Config, parts: Parts, learner: Learner, place: Place, held_out: Sequence[Source]
     ) -> None:
-        self.cfg, self.parts, self.learner, self.place = cfg, parts, learner, place
+        self.cfg, self.learner, self.place = cfg, learner, place
+        self.sampler = Sampler(parts.pipeline)
+        self.side = _painted_side(cfg.data.resolution, self.sampler.multiple)
         rows = [(source, row) for source in held_out for row in range(len(source))][: cfg.samples.rows]
         self.prompts = list(cfg.samples.prompts) or [source.check(row, source[row]) for source, row in rows]
-        self.inputs: dict[str, Any] = {}
+        self.holes: list[tuple[Image.Image, np.ndarray]] = []
         if cfg.task == "inpainting":
-            self.prompts, self.inputs = self._holes(rows)
+            self.prompts = [source.check(row, source[row]) for source, row in rows]
+            self.holes = [self._hole(number, source, row) for number, (source, row) in enumerate(rows)]
         self.page = SamplePage(place.run.samples, self.prompts)
         if place.ranks.is_main:
             self.page.cut_after(place.first_step)
-            if self.inputs:
-                self.page.save("given", self.inputs["shown"])
+            if self.holes:
+                self.page.save_given([_shown(picture, hole) for picture, hole in self.holes])
 
     def paint(self, step: int) -> None:
         """Add the pictures of a step; all ranks call, the first one paints."""
         if not self.place.ranks.is_main:
             return  # the others wait at the next step
-        pictures = self._paint()
-        self.page.write(step, pictures)
-        for tracker in self.place.accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                tracker.log_images({"samples": np.stack([np.asarray(picture) for picture in pictures])}, step=step)
+        self.sampler.model = f"{self.place.run.path} after step {step}"
+        with self.learner.averaged(), _in_float32(self.sampler.pipeline):
+            painted = self._paint()
+        self.page.write(step, painted)
+        log_pictures(self.place.accelerator.trackers, step, [np.asarray(one.picture) for one in painted])
 
-    @torch.no_grad()
-    def _paint(self) -> list[Image.Image]:
-        pipeline, samples, side = self.parts.pipeline, self.cfg.samples, self.cfg.data.resolution
-        vae_dtype = pipeline.vae.dtype
-        painted: list[Image.Image] = []
-        with self.learner.averaged() as unet:
-            if vae_dtype != torch.float32:  # stock pipelines want one precision; the UNet's forward has its own
-                pipeline.vae.float()
-            try:
-                for start in range(0, len(self.prompts), self.cfg.run.batch_size):
-                    part = slice(start, start + self.cfg.run.batch_size)
-                    pair = self.parts.encoder.encode_pair(self.prompts[part])
-                    seeds = range(start, start + len(self.prompts[part]))
-                    generators = [torch.Generator().manual_seed(samples.seed + number) for number in seeds]
-                    with attending_to(unet, pair):
-                        painted += pipeline(
-                            **{name: value.float() for name, value in pair.pipeline_arguments().items()},
-                            **{name: values[part] for name, values in self.inputs.items() if name != "shown"},
-                            height=side,
-                            width=side,
-                            num_inference_steps=samples.steps,
-                            guidance_scale=samples.guidance_scale,
-                            generator=generators,
-                            output_type="pil",
-                        ).images
-            finally:
-                if vae_dtype != torch.float32:
-                    pipeline.vae.to(vae_dtype)
-        return painted
+    def _paint(self) -> list[Painted]:
+        samples = self.cfg.samples
+        settings = Settings(
+            steps=samples.steps,
+            guidance_scale=samples.guidance_scale,
+            width=self.side,
+            height=self.side,
+            batch_size=self.cfg.run.batch_size,
+        )
+        if not self.holes:
+            return self.sampler.text_to_image(self.prompts, seed=samples.seed, settings=settings)
+        pictures, masks = [picture for picture, _ in self.holes], [hole for _, hole in self.holes]
+        return self.sampler.inpaint(self.prompts, pictures, masks, seed=samples.seed, settings=settings)
 
-    def _holes(self, rows: Sequence[tuple[Source, int]]) -> tuple[list[str], dict[str, Any]]:
-        """Pictures, masks and prompts of held-out rows; the masks are the same in all runs."""
-        prompts, pictures, masks, shown = [], [], [], []
-        side = self.cfg.data.resolution
-        for number, (source, row) in enumerate(rows):
-            record = source[row]
-            prompts.append(source.check(row, record))
-            picture = open_picture(picture_path(source.image_root, record.image or ""))
-            cut, _ = crop_picture(picture, Crop((side, side)))
-            hole = random_mask(np.random.default_rng(number), side, side, mask_mixture(self.cfg.data.masks)).hole
-            pictures.append(Image.fromarray(np.ascontiguousarray(cut)))
-            masks.append(Image.fromarray(hole * np.uint8(255)))
-            shown.append(Image.fromarray(np.where(hole[:, :, None] == 1, np.uint8(127), cut)))
-        return prompts, {"image": pictures, "mask_image": masks, "shown": shown}
+    def _hole(self, number: int, source: Source, row: int) -> tuple[Image.Image, np.ndarray]:
+        """The picture of a held-out row, and its mask, which is the same in all runs."""
+        side = self.side
+        picture = open_picture(picture_path(source.image_root, source[row].image or ""))
+        cut, _ = crop_picture(picture, Crop((side, side)))
+        hole = random_mask(np.random.default_rng(number), side, side, mask_mixture(self.cfg.data.masks)).hole
+        return Image.fromarray(np.ascontiguousarray(cut)), hole * np.uint8(255)
+
+
+@contextmanager
+def _in_float32(pipeline: Any) -> Iterator[None]:
+    """What is frozen in one precision, as stock pipelines want it; the UNet's forward has its own. Nothing is lost."""
+    frozen = [pipeline.vae, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)]
+    former = [(part, part.dtype) for part in frozen if part is not None and part.dtype != torch.float32]
+    for part, _ in former:
+        part.float()
+    try:
+        yield
+    finally:
+        for part, dtype in former:
+            part.to(dtype)
+
+
+def _painted_side(resolution: int, multiple: int) -> int:
+    """The side that is trained on, or the nearest that pipelines paint."""
+    return max(multiple, round(resolution / multiple) * multiple)
+
+
+def _shown(picture: Image.Image, hole: np.ndarray) -> Image.Image:
+    """A picture with its hole in grey."""
+    return Image.fromarray(np.where(hole[:, :, None] > 0, np.uint8(127), np.asarray(picture)))
 
 
 class SamplePage:
@@ -113,16 +123,17 @@ class SamplePage:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log.cut_after(step)
 
-    def save(self, name: str, pictures: Sequence[Image.Image]) -> None:
-        """Write pictures into a folder of their own."""
+    def save_given(self, pictures: Sequence[Image.Image]) -> None:
+        """Write what is to be completed, with its holes."""
         for number, picture in enumerate(pictures):
-            with written_aside(self.folder / name / f"{number}.png") as aside:
+            with written_aside(self.folder / "given" / f"{number}.png") as aside:
                 picture.save(aside, format="PNG")
 
-    def write(self, step: int, pictures: Sequence[Image.Image]) -> Path:
-        """Add the pictures of a step and return the page."""
-        self.save(f"step-{step}", pictures)
-        self.log.write(step, pictures=len(pictures))
+    def write(self, step: int, painted: Sequence[Painted]) -> Path:
+        """Add the pictures of a step, each with its recipe, and return the page."""
+        for number, one in enumerate(painted):
+            one.save(self.folder / f"step-{step}" / f"{number}.png")
+        self.log.write(step, pictures=len(painted))
         steps = sorted({line["step"] for line in self.log.read()})
         page = self.folder / "index.html"
         given = (self.folder / "given").is_dir()

@@ -30,6 +30,7 @@ from llmga.stage2.parts import Parts, load_parts, read_index
 from llmga.stage2.prompt_layout import save_layout, stamp_layout
 from llmga.stage2.sample_page import SamplePictures
 from llmga.stage2.sources import Source, open_sources
+from llmga.stage2.text_cache import TextCache, open_texts
 
 logger = logging.getLogger(__name__)
 _SAVED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -46,7 +47,7 @@ def build_job(cfg: Stage2Config, place: Place) -> Job:
     sources = open_sources(cfg.data.sources, "data.sources")
     held_out = open_sources(cfg.data.validation, "data.validation")
     buckets = [bucket_table(source, sizes_of(cfg)) for source in sources] if cfg.data.aspect_buckets else None
-    caches = _open_caches(cfg, place, sources, buckets)
+    caches, texts = _open_caches(cfg, sources, buckets), _open_texts(cfg, sources)
     parts = load_parts(cfg, place.accelerator.device)
     stamp_layout(parts.unet, parts.encoder.layout)
 
@@ -58,7 +59,7 @@ def build_job(cfg: Stage2Config, place: Place) -> Job:
     bad_samples = place.run.path / BAD_SAMPLES_FILE
     examples = Stage2Dataset(
         cfg, sources, order, shape, cfg.run.seed,
-        positions=positions, buckets=buckets, bad_samples=bad_samples, caches=caches,
+        positions=positions, buckets=buckets, bad_samples=bad_samples, caches=caches, texts=texts,
     )  # fmt: skip
     collate = Stage2Collator(parts.encoder.tokenize)
     logger.info(
@@ -130,7 +131,7 @@ class TrainingLoss:
     def of_each(self, unet: nn.Module, batch: dict[str, Any], min_snr_gamma: float | None = None) -> Tensor:
         """(B,) loss of each example."""
         parts, noise = self.parts, batch["noise"]
-        encoded = parts.encoder.encode_tokens(batch["prompts"])
+        encoded = parts.encoder.encode_tokens(batch["prompts"], batch.get("encoded"))
         mean, std = (batch["mean"], batch["std"]) if "mean" in batch else parts.encode_pixels(batch["pixels"])
         windows = batch["prompts"].towers[0].num_chunks  # on the host: no waiting for the device
         ragged = bool((windows != windows[0]).any())
@@ -167,9 +168,9 @@ class TrainingLoss:
 
 def export_pipeline(cfg: Stage2Config, parts: Parts, learner: Learner, folder: Path) -> None:
     """Write the pipeline that came out: the trained UNet, its average where there is one; what is frozen as it was."""
+    unet: Any = learner.module.float()  # first, or an average would be cut to what DeepSpeed trained in
     if learner.ema is not None:
         learner.ema.copy_to(learner.trained.values())
-    unet: Any = learner.module
     if cfg.model.lora is not None:
         _save_adapter(parts, unet, folder)
         unet.fuse_lora()
@@ -195,12 +196,19 @@ def _part_folders(pipeline: Path) -> list[Path]:
 
 
 def _open_caches(
-    cfg: Stage2Config, place: Place, sources: list[Source], buckets: list[np.ndarray] | None
+    cfg: Stage2Config, sources: list[Source], buckets: list[np.ndarray] | None
 ) -> list[LatentCache] | None:
     if cfg.cache.path is None:
         return None
     on_main(lambda: len(open_caches(cfg, sources, buckets)))  # checked once
     return open_caches(cfg, sources, buckets, checked=True)
+
+
+def _open_texts(cfg: Stage2Config, sources: list[Source]) -> list[TextCache] | None:
+    if not cfg.cache.text:
+        return None
+    on_main(lambda: len(open_texts(cfg, sources)))  # checked once
+    return open_texts(cfg, sources, checked=True)
 
 
 def _size(module: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""Stage 2 in processes of its own: killed in the middle it resumes to equal losses, and two processes train as one.
+"""Stage 2 in processes of its own: killed in the middle it resumes to equal losses, and two train as one, ZeRO-2 too.
 
 Run: pytest tests/e2e/test_stage2_processes.py
 """
@@ -8,17 +8,21 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 from llmga.config import EXIT_OK
 from llmga.runtime import close_distributed, leave
 from llmga.stage2.train import train
-from tests.e2e.stage1_run import PATIENCE, free_port
+from tests.e2e.stage1_run import PATIENCE, ROOT, free_port
 from tests.toy_stage2 import load, make_inputs
 from tests.unit.test_loop import losses
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["llmga.stage2.train", "tests.toy_stage2"])
+_FORKS.set_forkserver_preload(["llmga.stage2.train", "deepspeed", "tests.toy_stage2"])
 
 
 def _train(settings: Path, overrides: tuple[str, ...], variables: dict[str, str], kill_at: int | None) -> None:
@@ -77,3 +81,39 @@ def test_two_processes_train_as_one(settings: Path, alone: Path) -> None:
     assert run(settings, f"run.output_dir={folder}", "run.batch_size=1", processes=2) == [0, 0]
     assert losses(folder) == pytest.approx(losses(alone), abs=1e-5)
     assert losses(folder, "eval_loss") == pytest.approx(losses(alone, "eval_loss"), abs=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 0.02)])
+def test_zero_2_trains_as_one_process_does(settings: Path, alone: Path, precision: str, tolerance: float) -> None:
+    folder = settings.parent / f"zero2_{precision}"
+    overrides = [
+        f"run.output_dir={folder}", "run.batch_size=1", f"run.precision={precision}", "run.sample_every_steps=4",
+        f"run.deepspeed={ROOT / 'configs/deepspeed/zero2.json'}",
+    ]  # fmt: skip
+    assert run(settings, *overrides, processes=2) == [0, 0]
+    assert losses(folder) == pytest.approx(losses(alone), abs=tolerance)
+    assert losses(folder, "eval_loss") == pytest.approx(losses(alone, "eval_loss"), abs=tolerance)
+    assert (folder / "samples" / "step-4" / "1.png").is_file()
+    weights = load_file(folder / "final" / "unet" / "diffusion_pytorch_model.safetensors")
+    average = load_file(folder / "checkpoint-4" / "unet.ema.safetensors")
+    assert all(weights[name].dtype == torch.float32 and torch.equal(weights[name], average[name]) for name in average)
+
+
+@pytest.mark.parametrize("sdxl", [False, True])
+def test_bf16_trains_float32_weights_and_paints(settings: Path, tmp_path: Path, sdxl: bool) -> None:
+    """In processes of their own, because accelerate keeps the first precision of a process."""
+    inputs = make_inputs(tmp_path, sdxl=True) if sdxl else settings
+    exact, rough = (tmp_path / precision for precision in ("fp32", "bf16"))
+    for folder in (exact, rough):
+        overrides = (f"run.output_dir={folder}", f"run.precision={folder.name}", "run.sample_every_steps=2")
+        assert run(inputs, *overrides, "run.max_steps=2") == [0]
+    assert losses(rough) != losses(exact) and losses(rough) == pytest.approx(losses(exact), abs=0.02)
+    assert losses(rough, "eval_loss") == pytest.approx(losses(exact, "eval_loss"), abs=0.02)
+    learned, before = (
+        load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+        for folder in (rough / "final", inputs.parent / "pipeline")
+    )
+    assert all(value.dtype == torch.float32 for value in learned.values())
+    assert any((learned[name] - before[name]).abs().max() > 0 for name in before)
+    shots = [np.asarray(Image.open(folder / "samples" / "step-2" / "1.png"), int) for folder in (exact, rough)]
+    assert np.abs(shots[0] - shots[1]).mean() < 8  # grey levels: the same picture

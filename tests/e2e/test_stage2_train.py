@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from functorch.compile import make_boxed_func
 from safetensors.torch import load_file
+from torch._dynamo.backends.common import aot_autograd
 
 from llmga.records import open_manifest, write_manifest
 from llmga.stage2.parts import PipelineError
@@ -77,6 +79,28 @@ def test_adapters_buckets_random_crops_and_the_other_settings(settings: Path, tm
     weights = load_file(run / "final" / "unet" / "diffusion_pytorch_model.safetensors")
     base = load_file(settings.parent / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
     assert weights.keys() == base.keys() and all(value.dtype == torch.float16 for value in weights.values())
+
+
+def test_a_compiled_unet_trains_to_the_same_losses(
+    settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through TorchDynamo and AOTAutograd; Inductor's kernels, which take minutes to build here, are left out."""
+    graphs: list[int] = []
+
+    def counted(module: torch.nn.Module, **options: object) -> None:
+        backend = aot_autograd(fw_compiler=lambda graph, inputs: graphs.append(1) or make_boxed_func(graph))
+        whole(module, backend=backend, **options)
+
+    whole = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", counted)
+    torch._dynamo.reset()
+    overrides = ("data.validation=[]", "run.max_steps=3")
+    plain = train(load(settings, f"run.output_dir={tmp_path / 'plain'}", *overrides)).parent
+    assert not graphs
+    compiled = train(load(settings, f"run.output_dir={tmp_path / 'run'}", "run.compile=true", *overrides)).parent
+    assert losses(compiled) == pytest.approx(losses(plain), abs=1e-5) and graphs
+    weights = load_file(compiled / "final" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert weights.keys() == load_file(plain / "final/unet/diffusion_pytorch_model.safetensors").keys()
 
 
 def test_what_does_not_fit_is_one_sentence_with_both_values(settings: Path, tmp_path: Path) -> None:

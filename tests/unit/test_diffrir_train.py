@@ -7,12 +7,14 @@ its adversarial phase. Run: pytest tests/unit/test_diffrir_train.py
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.models import vgg19
@@ -24,6 +26,7 @@ from llmga.diffrir.data import (
     PairSettings,
     collate,
     held_out_pairs,
+    list_pictures,
 )
 from llmga.diffrir.degradation import scaled
 from llmga.diffrir.discriminator import Discriminator
@@ -65,6 +68,39 @@ def test_published_recipes(scale: int) -> None:
 def test_toy_recipe_loads() -> None:
     cfg = load_config(DiffRIRConfig, REPOSITORY / "configs/diffrir/toy.yaml", check_machine=False)
     assert [phase.name for phase in cfg.phases] == ["prior", "encoder", "joint"]
+
+
+def test_the_toy_recipe_holds_two_photographs_out() -> None:
+    cfg = load_config(DiffRIRConfig, REPOSITORY / "configs/diffrir/toy.yaml", check_machine=False)
+    trained, held_out = (
+        [
+            path.resolve()
+            for source in sources
+            if "photos" in source.path.name
+            for path in list_pictures(replace(source, path=REPOSITORY / source.path))
+        ]
+        for sources in (cfg.data.sources, cfg.data.validation)
+    )
+    photographs = REPOSITORY / "tests/fixtures/llmga-datasetv2-mini/llmga-imgs"
+    assert len(held_out) == 2 and not set(trained) & set(held_out)
+    assert sorted([*trained, *held_out]) == sorted(path for path in photographs.rglob("*") if path.is_file())
+
+
+def test_wandb_receives_the_picture_strips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("WANDB_DIR", "WANDB_PROJECT", "WANDB_RUN_ID", "WANDB_RESUME"):
+        monkeypatch.setenv(name, "")  # so that what the run sets is taken back
+        monkeypatch.delenv(name)
+    try:
+        made = train(settings(tmp_path, "prior", trackers="[wandb]")).parent
+    finally:
+        wandb.finish()
+    shots = sorted((made / "prior").glob("wandb/offline-run-*/files/media/images/*.png"))
+    sizes = {Image.open(shot).size for shot in shots}
+    assert len(shots) == 3 and sizes == {(5 * 32 + 4 * 2, 32)}  # a row of the strip for each held-out picture
 
 
 @pytest.mark.parametrize(
