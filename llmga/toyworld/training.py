@@ -97,7 +97,7 @@ def _optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
     if schedule.matrix_lr is not None:
         return Muon(model, _is_hidden, schedule.lr, schedule.matrix_lr, **settings)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(learning, lr=schedule.lr, **settings, fused=True)  # type: ignore[arg-type]
+    return torch.optim.AdamW(learning, lr=schedule.lr, **settings, fused=True)
 
 
 def _is_hidden(name: str) -> bool:
