@@ -9,7 +9,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DeepSpeedPlugin
 
 from llmga.config import OptimConfig, RunConfig
-from llmga.runtime import RuntimeSetupError, name_wandb_run, tracker_names
+from llmga.runtime import RuntimeSetupError
+from llmga.trackers import tracker_names
 
 
 def engine_name(deepspeed: Path | None) -> str:
@@ -44,8 +45,6 @@ def build_accelerator(run: RunConfig, optim: OptimConfig, world_size: int) -> Ac
     """
     if run.precision == "bf16" and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    if "wandb" in run.trackers:
-        name_wandb_run(run.output_dir)
     return Accelerator(
         mixed_precision="bf16" if run.precision == "bf16" else "no",
         gradient_accumulation_steps=1,  # the loop counts its own forward passes

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from llmga.config import dump_config
 from llmga.progress import RunProgress
 from llmga.runtime import memory_gb, on_main, sum_over_ranks
+from llmga.trackers import wandb_run
 
 if TYPE_CHECKING:
     from llmga.loop import Job, Place
@@ -41,7 +41,14 @@ class LoopFigures:
         self._mark = time.perf_counter()
         self._progress = RunProgress(job.total_steps, shown=place.ranks.is_main)
         if cfg.run.trackers:
-            place.accelerator.init_trackers("llmga", _flat_settings(dump_config(cfg)))
+            self._init_trackers()
+
+    def _init_trackers(self) -> None:
+        project, wandb = "llmga", dict[str, str]()
+        if "wandb" in self.cfg.run.trackers:
+            wandb = wandb_run(self.cfg.run.output_dir)
+            project = wandb.pop("project")
+        self.place.accelerator.init_trackers(project, _flat_settings(dump_config(self.cfg)), {"wandb": wandb})
 
     def __enter__(self) -> "LoopFigures":
         self._progress.__enter__()
@@ -128,19 +135,6 @@ class LoopFigures:
         for name, value in zip(names, means, strict=True):
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._pending = {}
-
-
-def log_pictures(trackers: Sequence[Any], step: int, pictures: Sequence[np.ndarray]) -> None:
-    """Hand sample pictures to the trackers that take some.
-
-    Args:
-        trackers: of accelerate.
-        pictures: (H, W, 3) uint8 each, all of one size.
-    """
-    for tracker in trackers:
-        if hasattr(tracker, "log_images"):
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}  # it expects channels first
-            tracker.log_images({"samples": np.stack(pictures)}, step=step, **layout)
 
 
 def _flat_settings(value: Any, key: str = "") -> dict[str, str]:

@@ -5,14 +5,12 @@ DeepSpeed enters the house here. Nothing in this file knows what is being traine
 
 import atexit
 import datetime
-import importlib.util
 import json
 import logging
 import os
 import platform
 import random
 import resource
-import secrets
 import signal
 import socket
 import sys
@@ -382,33 +380,6 @@ def setup_logging(ranks: Ranks) -> None:
         handler.setFormatter(logging.Formatter(f"{'' if ranks.is_main else name}%(message)s"))
         logger.addHandler(handler)
         logger.propagate = False
-
-
-def tracker_names(trackers: Sequence[str]) -> list[str]:
-    """The trackers as transformers names them.
-
-    Raises:
-        RuntimeSetupError: the package of a tracker is not installed.
-    """
-    for name in trackers:
-        if importlib.util.find_spec(name) is None:
-            raise RuntimeSetupError(
-                f"run.trackers: {name!r} needs the package {name!r}, which is not installed; "
-                f"run `pip install {name}` or take it off the list (metrics.jsonl is written in any case)"
-            )
-    return list(trackers)
-
-
-def name_wandb_run(run_dir: Path) -> None:
-    """Where wandb keeps its files, and which of its runs goes on, unless the environment says otherwise."""
-    path = run_dir / "wandb" / "run_id"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() and os.environ.get("RANK", "0") == "0":
-        atomic_write(path, secrets.token_hex(4))
-    os.environ.setdefault("WANDB_PROJECT", "llmga")
-    os.environ.setdefault("WANDB_DIR", str(run_dir))
-    os.environ.setdefault("WANDB_RUN_ID", path.read_text() if path.exists() else "")
-    os.environ.setdefault("WANDB_RESUME", "allow")
 
 
 def memory_gb() -> dict[str, float]:

@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark by ring; keep a slow file's tests in one worker, which trains what they share; skip gpu ones."""
     for item in items:
         ring = item.path.relative_to(TESTS).parts[0]
-        if ring in ("parity", *SLOW_RINGS):
+        if ring in ("integration", "parity", *SLOW_RINGS):
             item.add_marker(getattr(pytest.mark, ring))
         if ring in SLOW_RINGS:
             if item.get_closest_marker("xdist_group") is None:

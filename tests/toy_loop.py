@@ -1,5 +1,6 @@
 """A job small enough for a test of `llmga.loop`: a noisy regression, and a pair of networks that play a game."""
 
+import json
 import os
 import signal
 from dataclasses import field
@@ -109,3 +110,13 @@ def build(cfg: ToyLoopConfig, place: Place) -> Job:
 
 def train(cfg: ToyLoopConfig) -> Path:
     return run_loop(cfg, lambda place: build(cfg, place))
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """What a run wrote to metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path, name: str = "loss") -> dict[int, float]:
+    """step -> figure, where it was written."""
+    return {line["step"]: line[name] for line in lines(folder) if name in line}

@@ -27,10 +27,10 @@ from llmga.diffrir.perceptual import load_perceptual
 from llmga.diffrir.phases import DiscriminatorLoss, PredictionLoss, PriorLoss
 from llmga.learner import Learner
 from llmga.loop import Job, Place, run_loop
-from llmga.loop_figures import log_pictures
 from llmga.metrics.lpips import Lpips, missing_for_lpips
 from llmga.run_folder import RunFolder, explaining_full_disk, hashes
 from llmga.runtime import on_main
+from llmga.trackers import log_pictures
 
 logger = logging.getLogger(__name__)
 _STRIPS = 8  # pictures shown while training

@@ -6,8 +6,8 @@ import torch
 from transformers import TrainingArguments
 
 from llmga.engine import deepspeed_settings
-from llmga.runtime import name_wandb_run, tracker_names
 from llmga.stage1.config import Stage1Config
+from llmga.trackers import export_wandb_run, tracker_names
 
 _NEVER = 2**31  # steps
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -22,7 +22,7 @@ def training_arguments(cfg: Stage1Config, run_dir: Path) -> TrainingArguments:
     run, optim = cfg.run, cfg.optim
     on_gpu = torch.cuda.is_available()
     if "wandb" in run.trackers:
-        name_wandb_run(run_dir)
+        export_wandb_run(run_dir)
     return TrainingArguments(
         output_dir=str(run_dir),
         num_train_epochs=1,  # the data are as long as the run

@@ -18,7 +18,6 @@ from llmga.files import atomic_write, written_aside
 from llmga.images import open_picture, picture_path
 from llmga.learner import Learner
 from llmga.loop import Place
-from llmga.loop_figures import log_pictures
 from llmga.masks import random_mask
 from llmga.runtime import MetricsLog
 from llmga.stage2.config import Stage2Config
@@ -28,6 +27,7 @@ from llmga.stage2.pixels import Crop, crop_picture
 from llmga.stage2.sample import Painted, Sampler
 from llmga.stage2.sample_inputs import Settings
 from llmga.stage2.sources import Source
+from llmga.trackers import log_pictures
 
 
 class SamplePictures:

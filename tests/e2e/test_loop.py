@@ -16,8 +16,7 @@ from llmga.checkpoint import latest_checkpoint
 from llmga.config import EXIT_INTERRUPTED, EXIT_OK, OptimConfig, RunConfig
 from llmga.runtime import Interrupted, close_distributed, leave
 from tests.e2e.stage1_run import PATIENCE, ROOT, free_port
-from tests.toy_loop import ToyLoopConfig, train
-from tests.unit.test_loop import losses
+from tests.toy_loop import ToyLoopConfig, losses, train
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["llmga.loop", "deepspeed", "tests.toy_loop"])

@@ -19,8 +19,8 @@ from llmga.stage2.cache import CacheError, SourceCache, open_caches
 from llmga.stage2.make_cache import make_cache
 from llmga.stage2.sources import open_sources
 from llmga.stage2.train import train
+from tests.toy_loop import losses
 from tests.toy_stage2 import load, make_inputs
-from tests.unit.test_loop import losses
 
 SMALL = ("cache.rows_per_shard=5", "cache.precision=fp32")
 

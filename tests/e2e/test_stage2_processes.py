@@ -18,8 +18,8 @@ from llmga.config import EXIT_OK
 from llmga.runtime import close_distributed, leave
 from llmga.stage2.train import train
 from tests.e2e.stage1_run import PATIENCE, ROOT, free_port
+from tests.toy_loop import losses
 from tests.toy_stage2 import load, make_inputs
-from tests.unit.test_loop import losses
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["llmga.stage2.train", "deepspeed", "tests.toy_stage2"])

@@ -19,8 +19,8 @@ from llmga.stage2.prompt_encoder import LongPromptEncoder
 from llmga.stage2.sources import open_sources
 from llmga.stage2.text_cache import open_texts
 from llmga.stage2.train import train
+from tests.toy_loop import losses
 from tests.toy_stage2 import load, make_inputs
-from tests.unit.test_loop import losses
 
 ALL_TEXTS = ("data.prompt_dropout=0.25", "data.short_caption_share=0.35", "data.validation=[]")
 

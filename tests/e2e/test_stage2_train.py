@@ -18,8 +18,8 @@ from llmga.stage2.parts import PipelineError
 from llmga.stage2.prompt_layout import load_layout
 from llmga.stage2.sources import Stage2DataError
 from llmga.stage2.train import train
+from tests.toy_loop import lines, losses
 from tests.toy_stage2 import load, make_inputs
-from tests.unit.test_loop import lines, losses
 
 
 @pytest.fixture(scope="module")

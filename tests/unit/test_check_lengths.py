@@ -17,8 +17,8 @@ from llmga.check.row_check import merge_lengths
 from llmga.check.settings import CheckError
 from llmga.records import Record
 from llmga.tokens import clip_length, clip_tokenizer
+from tests.check_data import check, data_set, photo, row
 from tests.toy import toy_tokenizer
-from tests.unit.check_data import check, data_set, photo, row
 
 CAPTIONS = [
     record["caption"]

@@ -20,7 +20,7 @@ from llmga.memory import memory_advice
 from llmga.non_finite import NonFiniteLossError
 from llmga.run_folder import ResumeError
 from llmga.runtime import Interrupted, RunFailed
-from tests.toy_loop import ToyLoopConfig, train
+from tests.toy_loop import ToyLoopConfig, lines, losses, train
 
 
 def settings(folder: Path, **changes: Any) -> ToyLoopConfig:
@@ -36,14 +36,6 @@ def settings(folder: Path, **changes: Any) -> ToyLoopConfig:
         "save_every_steps": 2,
     }
     return ToyLoopConfig(RunConfig(**run | changes), OptimConfig(lr=0.05, warmup=2), **own)
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder: Path, name: str = "loss") -> dict[int, float]:
-    return {line["step"]: line[name] for line in lines(folder) if name in line}
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Whole pictures: tiles without visible joins, kept pixels bit for bit, files and folders, and inputs that do not fit.
 
-Run: pytest tests/unit/test_diffrir_restore.py
+Run: pytest tests/integration/test_diffrir_restore.py
 """
 
 import re

@@ -1,4 +1,4 @@
-"""A CLIP score must read the whole of a long prompt. Run: pytest tests/unit/test_clip_score.py"""
+"""A CLIP score must read the whole of a long prompt. Run: pytest tests/integration/test_clip_score.py"""
 
 import json
 from pathlib import Path

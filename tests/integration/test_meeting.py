@@ -1,6 +1,6 @@
 """A meeting of processes, played by threads: who came, who did not, and what all hear.
 
-Run: pytest tests/unit/test_meeting.py
+Run: pytest tests/integration/test_meeting.py
 """
 
 import re

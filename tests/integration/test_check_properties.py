@@ -1,6 +1,6 @@
 """Properties, tried on whatever hypothesis comes up with: no input crashes a check, and what it calls fine, trains.
 
-python -m pytest tests/unit/test_check_properties.py
+python -m pytest tests/integration/test_check_properties.py
 """
 
 import dataclasses

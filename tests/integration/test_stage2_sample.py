@@ -1,6 +1,6 @@
 """Guards sampling: pictures that depend on nothing but their recipe, canvases that keep what they should.
 
-Run: pytest tests/unit/test_stage2_sample.py
+Run: pytest tests/integration/test_stage2_sample.py
 """
 
 import json

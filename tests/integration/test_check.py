@@ -3,7 +3,7 @@
 Hazards: a leak into the reference set that is not seen, an original that is changed, a report that depends on where
 the check was interrupted, a quarantine that hits other rows than were meant.
 
-python -m pytest tests/unit/test_check.py
+python -m pytest tests/integration/test_check.py
 """
 
 import json
@@ -34,7 +34,7 @@ from llmga.quarantine import QuarantineError, read_quarantine, write_quarantine
 from llmga.records import Record, open_manifest
 from llmga.stage1.config import SourceConfig
 from llmga.stage1.sources import Source
-from tests.unit.check_data import check, data_set, photo, row
+from tests.check_data import check, data_set, photo, row
 
 MINI = Path(__file__).parents[1] / "fixtures" / "llmga-datasetv2-mini"
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"

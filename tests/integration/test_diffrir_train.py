@@ -1,7 +1,7 @@
 """Restoration training: settings, pairs that depend on their index alone, what each phase moves, and exact resuming.
 
 The published code leaves the teacher unfrozen, starts its average from other weights than it trains, and cannot start
-its adversarial phase. Run: pytest tests/unit/test_diffrir_train.py
+its adversarial phase. Run: pytest tests/integration/test_diffrir_train.py
 """
 
 import json
@@ -86,21 +86,18 @@ def test_the_toy_recipe_holds_two_photographs_out() -> None:
     assert sorted([*trained, *held_out]) == sorted(path for path in photographs.rglob("*") if path.is_file())
 
 
-def test_wandb_receives_the_picture_strips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_receives_the_picture_strips_each_phase_in_a_run_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import wandb
 
-    monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    for name in ("WANDB_DIR", "WANDB_PROJECT", "WANDB_RUN_ID", "WANDB_RESUME"):
-        monkeypatch.setenv(name, "")  # so that what the run sets is taken back
-        monkeypatch.delenv(name)
-    try:
-        made = train(settings(tmp_path, "prior", trackers="[wandb]")).parent
-    finally:
-        wandb.finish()
-    shots = sorted((made / "prior").glob("wandb/offline-run-*/files/media/images/*.png"))
-    sizes = {Image.open(shot).size for shot in shots}
-    assert len(shots) == 3 and sizes == {(5 * 32 + 4 * 2, 32)}  # a row of the strip for each held-out picture
+    train(settings(tmp_path, "prior", "encoder", trackers="[wandb]"))
+    wandb.teardown()
+    shots = list((tmp_path / "run").rglob("media/images/*.png"))
+    assert {shot.relative_to(tmp_path / "run").parts[0] for shot in shots} == {"prior", "encoder"}
+    assert len(shots) == 6  # a row of the strip for each held-out picture
+    assert {Image.open(shot).size for shot in shots} == {(5 * 32 + 4 * 2, 32)}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Toy data is what its manifest says: every record trains its task, every truth in it holds, and no split leaks.
 
-Run: pytest tests/unit/test_world_build.py
+Run: pytest tests/integration/test_world_build.py
 """
 
 import io

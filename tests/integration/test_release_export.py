@@ -1,6 +1,6 @@
 """What a release holds: the same numbers in safetensors of the asked size, a card, and nothing of this machine.
 
-Run: pytest tests/unit/test_release_export.py
+Run: pytest tests/integration/test_release_export.py
 """
 
 import json

@@ -1,6 +1,6 @@
 """Guards the recipes of the toy Stable Diffusion: interrupted runs, labels, readings, the inpainting twin.
 
-Run: pytest tests/unit/test_toy_sd.py
+Run: pytest tests/integration/test_toy_sd.py
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Pushes over real HTTP, with what goes wrong on the way: one commit or none, nothing twice, the token nowhere.
 
-Run: pytest tests/unit/test_release_push.py
+Run: pytest tests/integration/test_release_push.py
 """
 
 import json

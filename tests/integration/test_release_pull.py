@@ -1,6 +1,6 @@
 """Pulls over real HTTP: what is safe and whole arrives, anything else leaves nothing at its place.
 
-Run: pytest tests/unit/test_release_pull.py
+Run: pytest tests/integration/test_release_pull.py
 """
 
 import json

@@ -3,7 +3,7 @@
 What the check calls an error must keep the row out of training, and what it calls fine must train; so each picture is
 also opened as training opens it.
 
-python -m pytest tests/unit/test_check_bad_input.py
+python -m pytest tests/integration/test_check_bad_input.py
 """
 
 import io
@@ -21,7 +21,7 @@ from llmga.check.kinds import KINDS
 from llmga.images import PictureError, open_picture
 from llmga.json_stream import StreamError
 from llmga.published import manifest_of, read_published
-from tests.unit.check_data import Result, check, data_set, photo, row
+from tests.check_data import Result, check, data_set, photo, row
 
 MINI = Path(__file__).parents[1] / "fixtures" / "llmga-datasetv2-mini"
 BAD = MINI / "bad"

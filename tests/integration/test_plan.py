@@ -1,6 +1,6 @@
 """A plan must be right before a GPU is taken: memory beside real allocations, all else beside sums made by hand.
 
-Run: pytest tests/unit/test_plan.py
+Run: pytest tests/integration/test_plan.py
 """
 
 import json
