@@ -22,15 +22,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llmga.records import Record, write_manifest
+from tests.forks import FORKS, warm_python
 from tests.toy import IMAGE_SIZE_PX, toy_mllm_folder
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "train_stage1.py"
 PATIENCE = 240  # seconds; a run takes two, but not on a machine that is busy with other things
-
-# Importing torch and its friends takes longer than training: one server imports them, each process is forked from it.
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["llmga.stage1.train", "deepspeed", "tests.e2e.stage1_run"])
 
 
 def make_inputs(folder: Path) -> Path:
@@ -122,7 +119,7 @@ def start(
         variables = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
     arguments = [[str(settings), *overrides, *filter(None, [(of_rank or {}).get(r)])] for r in range(processes)]
     ranks = [
-        _FORKS.Process(target=_run_script, args=(line, env, log, sabotage))
+        FORKS.Process(target=_run_script, args=(line, env, log, sabotage))
         for line, env in zip(arguments, variables, strict=True)
     ]
     for rank in ranks:
@@ -155,7 +152,7 @@ def _run_script(
 def command(settings: Path, *overrides: str, processes: int = 1, script: Path = SCRIPT) -> list[str]:
     """The command line of a run, with torchrun for more than one process."""
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
-    return [sys.executable, *(launcher if processes > 1 else []), str(script), str(settings), *overrides]
+    return [warm_python(), *(launcher if processes > 1 else []), str(script), str(settings), *overrides]
 
 
 def slow_script(folder: Path) -> Path:

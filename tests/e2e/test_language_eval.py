@@ -23,6 +23,7 @@ from eval.language import (
 from eval.language_page import mark_facts
 from llmga.stage1.tasks import TaskSettings
 from llmga.toyworld.build import build_world
+from tests.forks import warm_python
 from tests.toy import toy_mllm_folder
 
 pytestmark = pytest.mark.e2e
@@ -118,7 +119,7 @@ def test_command_writes_result_items_and_page(world: Path, tmp_path: Path) -> No
     model, out = toy_mllm_folder(tmp_path / "model"), tmp_path / "out"
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "picture_size": 32}))  # as a finished run leaves it
-    command = [sys.executable, "eval/language.py", "--model", model, "--base", model, "--data", world / "test.jsonl"]
+    command = [warm_python(), "eval/language.py", "--model", model, "--base", model, "--data", world / "test.jsonl"]
     command += ["--out", out, "--rows", "2", "--vqa-rows", "2", "--max-new-tokens", "4"]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
     assert "well-formed tags on generation requests" in done.stdout

@@ -16,10 +16,8 @@ from llmga.checkpoint import latest_checkpoint
 from llmga.config import EXIT_INTERRUPTED, EXIT_OK, OptimConfig, RunConfig
 from llmga.runtime import Interrupted, close_distributed, leave
 from tests.e2e.stage1_run import PATIENCE, ROOT, free_port
+from tests.forks import FORKS
 from tests.toy_loop import ToyLoopConfig, losses, train
-
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["llmga.loop", "deepspeed", "tests.toy_loop"])
 
 
 def _settings(folder: Path, run: dict[str, Any], **own: Any) -> ToyLoopConfig:
@@ -55,7 +53,7 @@ def run_processes(folder: Path, run: dict[str, Any], processes: int = 1, **own: 
     started = []
     for rank in range(processes):
         variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        started.append(_FORKS.Process(target=_in_this_process, args=(variables, folder, run, own)))
+        started.append(FORKS.Process(target=_in_this_process, args=(variables, folder, run, own)))
     for process in started:
         process.start()
     for process in started:

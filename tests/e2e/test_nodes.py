@@ -35,10 +35,11 @@ from tests.e2e.stage1_run import (
     succeed,
     wait_for,
 )
+from tests.forks import warm_python
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
-BRIEF = ("run.join_timeout_s=12", "run.batch_size=1")
+BRIEF = ("run.join_timeout_s=8", "run.batch_size=1")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def start_machines(
 ) -> list[subprocess.Popen[str]]:
     """One launcher on each of two machines, as `make stage1 NODES=2 MASTER_ADDR=...` starts it there."""
     port = free_port()
-    launch = [sys.executable, "-m", "llmga.nodes.launch", "--nodes=2", "--nproc=1"]
+    launch = [warm_python(), "-m", "llmga.nodes.launch", "--nodes=2", "--nproc=1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for number in range(2):
         meeting = ["--master-addr=127.0.0.1", f"--master-port={port}"]
@@ -167,12 +168,12 @@ FAULTS = {
     "hanging network": (
         rank_1_hangs_in_the_network,
         {},
-        r"ranks 0-1 on \S+: the all-reduce did not end within 12 s; test that machine alone",
+        r"ranks 0-1 on \S+: the all-reduce did not end within 8 s; test that machine alone",
     ),
     "dead rank": (
         rank_1_dies,
         {},
-        r"rank 1 of 2 did not arrive at the roll call at 127\.0\.0\.1:\d+ within 12 s \(rank 0 came, rank 0 on \S+\); "
+        r"rank 1 of 2 did not arrive at the roll call at 127\.0\.0\.1:\d+ within 8 s \(rank 0 came, rank 0 on \S+\); "
         r"start what is missing or see its machine's log for why it ended",
     ),
 }
@@ -197,7 +198,7 @@ def test_a_run_folder_that_only_rank_0_has(settings: Path, tmp_path: Path) -> No
     run = start(settings, "run.output_dir=mine", *BRIEF, processes=2, sabotage=partial(each_lives_elsewhere, tmp_path))
     assert run.wait() == [EXIT_BAD_INPUT, EXIT_BAD_INPUT], run.said()
     sentence = (
-        r"rank 1 on \S+: found nothing at \S+home1/mine of what rank 0 on \S+ wrote to \S+home0/mine 6 s before; "
+        r"rank 1 on \S+: found nothing at \S+home1/mine of what rank 0 on \S+ wrote to \S+home0/mine 4 s before; "
         r"give run\.output_dir a folder that all machines share, by its full path"
     )
     assert re.search(sentence, run.said()), run.said()

@@ -22,6 +22,7 @@ from llmga.config import load_config
 from llmga.stage1.config import Stage1Config
 from llmga.stage1.train import train
 from tests.e2e.stage1_run import PATIENCE, ROOT, SCRIPT, assert_trained_alike, make_inputs, slow_script, wait_for
+from tests.forks import warm_python
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -75,7 +76,7 @@ def submitted_from(tmp_path: Path) -> Path:
     clone = tmp_path / "clone"
     (clone / ".venv" / "bin").mkdir(parents=True)
     python = clone / ".venv" / "bin" / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.write_text(f'#!/bin/sh\nexec {warm_python()} "$@"\n')
     python.chmod(0o755)
     shutil.copytree(ROOT / "scripts" / "slurm", clone / "scripts" / "slurm")
     slow_script(clone).rename(clone / "scripts" / "train_stage1.py")

@@ -37,6 +37,7 @@ from tests.e2e.stage1_run import (
     wait_for,
     weights,
 )
+from tests.forks import warm_python
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -122,7 +123,7 @@ def test_the_deepspeed_launcher_trains_and_saves(settings: Path, zero2: Path, tm
     overrides = (ZERO2, f"run.output_dir={folder}", "run.batch_size=1", "run.save_every_steps=3")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
     ended = subprocess.run(
-        [str(part) for part in (launcher, *hosts, SCRIPT, settings, *overrides)],
+        [str(part) for part in (warm_python(), launcher, *hosts, SCRIPT, settings, *overrides)],
         env=environment,
         cwd=tmp_path,
         capture_output=True,

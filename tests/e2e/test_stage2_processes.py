@@ -18,11 +18,9 @@ from llmga.config import EXIT_OK
 from llmga.runtime import close_distributed, leave
 from llmga.stage2.train import train
 from tests.e2e.stage1_run import PATIENCE, ROOT, free_port
+from tests.forks import FORKS
 from tests.toy_loop import losses
 from tests.toy_stage2 import load, make_inputs
-
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["llmga.stage2.train", "deepspeed", "tests.toy_stage2"])
 
 
 def _train(settings: Path, overrides: tuple[str, ...], variables: dict[str, str], kill_at: int | None) -> None:
@@ -50,7 +48,7 @@ def run(settings: Path, *overrides: str, processes: int = 1, kill_at: int | None
     started = []
     for rank in range(processes):
         variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        started.append(_FORKS.Process(target=_train, args=(settings, overrides, variables, kill_at)))
+        started.append(FORKS.Process(target=_train, args=(settings, overrides, variables, kill_at)))
     for process in started:
         process.start()
     for process in started:
