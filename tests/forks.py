@@ -26,13 +26,6 @@ from typing import Any
 FORKS = multiprocessing.get_context("forkserver")
 TOOLS = ["deepspeed", "torch.distributed.run"]
 HELPERS = ["tests.forks", "tests.toy_loop", "tests.toy_stage2", "tests.e2e.stage1_run"]
-    "deepspeed",
-    "torch.distributed.run",
-    "tests.forks",
-    "tests.toy_loop",
-    "tests.toy_stage2",
-    "tests.e2e.stage1_run",
-]
 FORKS.set_forkserver_preload(["llmga.stage1.train", "llmga.stage2.train", "llmga.diffrir.train", *TOOLS, *HELPERS])
 
 CLIENT = f"""#!{sys.executable} -SE
