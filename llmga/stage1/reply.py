@@ -3,7 +3,7 @@
 The loop is our own rather than transformers' `generate` for two reasons that count in an evaluation of thousands of
 replies: rows that have finished leave the batch, and the key-value cache grows in place. Measured in CPU time on one
 core with 64 prompts and a 4-layer LLM 256 wide: 1.7 times the tokens per second of `generate` with replies of 90 to 150
-tokens, 1.8 times when half of the replies are one word. The tokens are the same (tests/unit/test_reply.py).
+tokens, 1.8 times when half of the replies are one word. The tokens are the same (tests/integration/test_reply.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,6 +1,6 @@
 """What recipes say with --dry-run: counts that the work itself then keeps, and nothing made or asked.
 
-Run: pytest tests/unit/test_dry_run.py
+Run: pytest tests/integration/test_dry_run.py
 """
 
 import importlib.util

@@ -1,6 +1,6 @@
 """Every shipped stage-2 config loads and can be planned; sizes are those of the published networks.
 
-Run: pytest tests/unit/test_stage2_config.py
+Run: pytest tests/integration/test_stage2_config.py
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """The GPU figure's script, at a size for a CPU: a share of the peak is only worth what its arithmetic is.
 
-Run: pytest tests/unit/test_stage1_gpu.py
+Run: pytest tests/integration/test_stage1_gpu.py
 """
 
 from pathlib import Path
