@@ -12,10 +12,9 @@ from pydantic.dataclasses import dataclass
 from llmga.config import STRICT, AtLeastOne, NotNegative, OptimConfig, RunConfig, Share, combination
 from llmga.config_report import nearest_word
 from llmga.files import no_such_file
+from llmga.records import Task
 from llmga.stage1.chat_rows import template_names
 from llmga.stage1.instructions import languages
-
-Task = Literal["prompt_refinement", "similar_image", "inpainting", "outpainting", "editing", "vqa", "qa"]
 
 
 @dataclass(config=STRICT)
