@@ -130,9 +130,16 @@ class SourceConfig:
     """One file of rows and how often it is drawn."""
 
     path: Path
-    format: Literal["manifest", "llmga_t2i", "llmga_sg", "llmga_inpainting", "llmga_edit", "llava", "sharegpt"] = (
-        "manifest"  # our own rows, or one of the published layouts
-    )
+    format: Literal[
+        "manifest",
+        "llmga_t2i",
+        "llmga_sg",
+        "llmga_inpainting",
+        "llmga_edit",
+        "llmga_edit_legacy_drop_last_char",
+        "llava",
+        "sharegpt",
+    ] = "manifest"  # our own rows, or one of the published layouts
     image_root: Path | None = None  # folder the rows' pictures are relative to; None: the file's own folder
     weight: Annotated[float, Limits(ge=0)] | None = None  # against the other sources; None: its number of rows
     name: str | None = None  # in logs and tables; None: the file's name
