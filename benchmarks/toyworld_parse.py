@@ -21,11 +21,11 @@ from PIL import Image, ImageFilter
 
 from llmga.machine import machine_in_words
 from llmga.toyworld.parse import ParsedScene, parse, parse_batch
+from llmga.toyworld.readings import KINDS, count_right_read
 from llmga.toyworld.render import render
-from llmga.toyworld.scene import ATTRIBUTES, PRESETS, SPLITS, Scene, sample_scene
+from llmga.toyworld.scene import PRESETS, SPLITS, Scene, sample_scene
 
 RESULT = Path(__file__).parent / "results" / "toyworld_parse.json"
-KINDS = ("background", *ATTRIBUTES)
 Harm = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
@@ -76,16 +76,11 @@ HARMS: dict[str, Harm] = {
 
 def score(scenes: list[Scene], parsed: list[ParsedScene]) -> dict[str, object]:
     """Counts over all scenes; a missing object is wrong in all of its attributes."""
-    right, total = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
-    for scene, guess in zip(scenes, parsed, strict=True):
-        said = guess.facts()
-        for key, value in scene.facts().items():
-            right[key[0]] += said.get(key) == value
-            total[key[0]] += 1
+    counts = count_right_read(parsed, scenes)
     pairs = list(zip(scenes, parsed, strict=True))
     return {
-        "percent_right": {kind: round(100 * right[kind] / total[kind], 3) for kind in KINDS},
-        "right_of": {kind: [right[kind], total[kind]] for kind in KINDS},
+        "percent_right": {kind: round(100 * counts[kind][0] / counts[kind][1], 3) for kind in KINDS},
+        "right_of": {kind: list(counts[kind]) for kind in KINDS},
         "exact_scenes": sum(guess.facts() == scene.facts() for scene, guess in pairs),
         "missing_objects": sum(len(guess.missing(scene)) for scene, guess in pairs),
         "extra_objects": sum(len(guess.extra(scene)) for scene, guess in pairs),

@@ -39,9 +39,9 @@ def write_down(path: Path, entry: dict[str, Any]) -> None:
 class BadSampleBudget:
     """Watches `bad_samples.jsonl` and ends a run that replaces more pictures than it may.
 
-    A run may replace `max_share` of all its examples, one at least, and stops with the first one above. It need not
-    come so far: a few bad pictures in the first steps say little, but when so many among so few are less likely than
-    one in a million at the share allowed, the path is wrong and not the luck bad.
+    A run may replace `max_share` of all its examples, one at least unless the share is 0, and stops with the first one
+    above. It need not come so far: a few bad pictures in the first steps say little, but when so many among so few are
+    less likely than one in a million at the share allowed, the path is wrong and not the luck bad.
 
     Args:
         path: the file; it may not exist yet.
@@ -51,7 +51,7 @@ class BadSampleBudget:
 
     def __init__(self, path: Path, max_share: float, total: int) -> None:
         self.path, self.max_share = Path(path), max_share
-        self.allowed = max(1, math.floor(max_share * total + 1e-9))
+        self.allowed = max(1, math.floor(max_share * total + 1e-9)) if max_share else 0
         self._read = 0  # bytes
         self._entries: dict[int, dict[str, Any]] = {}  # by index; an example may have needed several attempts
 

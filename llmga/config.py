@@ -173,10 +173,12 @@ def load_config(
     return config
 
 
-def load_config_or_exit(schema: type[Schema], path: Path | None, overrides: Sequence[str] = ()) -> Schema:
+def load_config_or_exit(
+    schema: type[Schema], path: Path | None, overrides: Sequence[str] = (), check_machine: bool = True
+) -> Schema:
     """`load_config` for entry points: prints the report to stderr and exits with code 2 instead of raising."""
     try:
-        return load_config(schema, path, overrides)
+        return load_config(schema, path, overrides, check_machine=check_machine)
     except ConfigError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # a launcher starts several, and one report is enough
             sys.stderr.write(f"{error}\n")

@@ -1,6 +1,7 @@
 """What one row of each published format means: the row's fields in, the fields of a record out."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llmga.record_check import find_control, path_problem
@@ -56,9 +57,12 @@ def _picture_and_caption(task: str) -> Callable[[dict[str, Any], Note], dict[str
     return convert
 
 
-def _editing(row: dict[str, Any], note: Note) -> dict[str, Any]:
+def _editing(row: dict[str, Any], note: Note, drop_last_char: bool = False) -> dict[str, Any]:
     picture = _picture(row)
     instruction = _text(row, "instruction")
+    if drop_last_char:
+        instruction = row["instruction"][:-1].strip()
+        note("instruction: last character removed")
     if IMAGE_TOKEN in instruction:
         if picture is None:
             reason = f"'instruction' has the placeholder {IMAGE_TOKEN!r}, but the row has no picture"
@@ -66,7 +70,7 @@ def _editing(row: dict[str, Any], note: Note) -> dict[str, Any]:
         instruction = instruction.replace(IMAGE_TOKEN, "").strip()
     elif picture is not None:
         note("picture without placeholder")
-    if instruction.endswith(","):
+    if instruction.endswith(",") and not drop_last_char:
         instruction = instruction[:-1].rstrip()
         note("instruction: trailing comma removed")
     if not instruction:
@@ -108,6 +112,7 @@ FORMATS: dict[str, Callable[[dict[str, Any], Note], dict[str, Any]]] = {
     "llmga_sg": _picture_and_caption("similar_image"),
     "llmga_inpainting": _picture_and_caption("inpainting"),
     "llmga_edit": _editing,
+    "llmga_edit_legacy_drop_last_char": partial(_editing, drop_last_char=True),  # as the published code, whatever it is
     "llava": _chat_with_picture,
     "sharegpt": _chat,
 }

@@ -39,15 +39,25 @@ def run_recipe(schema: type[Any], options: argparse.Namespace, work: Callable[[A
         The exit code: 0 done, 1 failed, 2 bad input or settings, 130 interrupted with the state saved.
     """
     cfg = load_config_together(schema, options.config, options.overrides)
+    return exit_code_of(lambda: work(cfg))
 
-    from llmga.nodes.meeting import MeetingError  # torch only now that the settings are sound
+
+def exit_code_of(work: Callable[[], object]) -> int:
+    """Work with settings that are known to be sound, and turn what went wrong into one sentence.
+
+    Returns:
+        The exit code, as `run_recipe`.
+    """
+    from llmga.nodes.meeting import MeetingError
     from llmga.nodes.preflight import give_up
     from llmga.runtime import Interrupted, RunFailed, close_distributed
 
     try:
-        work(cfg)
+        work()
     except Interrupted as stop:
         code = tell(sentence_of(stop), EXIT_INTERRUPTED)
+    except KeyboardInterrupt:
+        code = tell("interrupted; the same command goes on with what is done", EXIT_INTERRUPTED)
     except RunFailed as failure:
         return tell(sentence_of(failure), EXIT_FAILED)  # other ranks may be gone: leave without waiting for them
     except MeetingError as error:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn, TypedDict, overload
+from typing import Any, Literal, NoReturn, TypedDict, get_args, overload
 
 from llmga import parquet_rows
 from llmga.files import HEAD_BYTES, built_from, cache_folder, no_such_file, path_key, what_it_is, written_aside
@@ -19,7 +19,10 @@ from llmga.problem import Problem
 from llmga.row_index import file_state, line_number, row_offsets
 from llmga.strict_json import decode_line, encode_line
 
-TASKS = ("prompt_refinement", "similar_image", "inpainting", "outpainting", "editing", "vqa", "qa")
+GenerationTask = Literal["prompt_refinement", "similar_image", "inpainting", "outpainting", "editing"]
+Task = Literal[GenerationTask, "vqa", "qa"]
+GENERATION_TASKS: tuple[GenerationTask, ...] = get_args(GenerationTask)
+TASKS: tuple[Task, ...] = get_args(Task)
 ROLES = ("user", "assistant")
 
 

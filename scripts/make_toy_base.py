@@ -16,7 +16,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from llmga.config import load_config_or_exit
+from llmga.config import load_config, load_config_or_exit
+from llmga.recipe import exit_code_of
+from llmga.stage1.config import Stage1Config
 
 CONFIG = Path("configs/stage1/toy_base.yaml")
 WORK = Path("runs/toy_base")
@@ -57,7 +59,13 @@ SHIPPED = Path("llmga/toyworld/checkpoints/base/mllm")
 SPECIAL_TOKENS = ("<pad>", "<s>", "<image>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
 
-def main(overrides: list[str]) -> None:
+def main(overrides: list[str]) -> int:
+    """Check the settings, then run the steps; returns the exit code."""
+    load_config_or_exit(Stage1Config, CONFIG, overrides, check_machine=False)
+    return exit_code_of(lambda: make(overrides))
+
+
+def make(overrides: list[str]) -> None:
     """Run the steps in order."""
     from llmga.toyworld.build import build_world
 
@@ -69,12 +77,12 @@ def main(overrides: list[str]) -> None:
     make_start(WORK / "start", WORK / "data", WORK / "tower")
     model = WORK / "start"
     for lesson in LESSONS:
-        model = run(CONFIG, [*overrides, *changes(model, WORK / lesson.name), *lesson.overrides])
+        model = run(CONFIG, [*lesson.overrides, *overrides, *changes(model, WORK / lesson.name)])
     ship(run(CONFIG, overrides), SHIPPED)
 
 
 def changes(start: Path, folder: Path) -> list[str]:
-    """Overrides that make a recipe's config a lesson, whose data and run lie in a folder of its own."""
+    """Overrides that make a recipe's config a lesson, whose data and run lie in a folder of its own; they come last."""
     pairs = {
         "model.path": start,
         "data.sources.0.path": folder / "data/train.jsonl",
@@ -86,10 +94,9 @@ def changes(start: Path, folder: Path) -> list[str]:
 
 def run(config: Path, overrides: list[str]) -> Path:
     """Train, or go on with what is there; returns the finished model's folder."""
-    from llmga.stage1.config import Stage1Config
     from llmga.stage1.train import train
 
-    return train(load_config_or_exit(Stage1Config, config, overrides))
+    return train(load_config(Stage1Config, config, overrides))
 
 
 def make_tower(folder: Path) -> None:
@@ -260,4 +267,4 @@ def ship(final: Path, destination: Path, base: Path | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -14,6 +14,10 @@ from pathlib import Path
 from make_toy_base import SHIPPED as BASE
 from make_toy_base import Lesson, changes, run, ship
 
+from llmga.config import load_config_or_exit
+from llmga.recipe import exit_code_of
+from llmga.stage1.config import Stage1Config
+
 CONFIG = Path("configs/stage1/toy_tuned.yaml")
 WORK = Path("runs/toy_tuned")
 ROWS = {"train": 50_000, "validation": 1_000}
@@ -40,16 +44,22 @@ EDITING = Lesson(
 says what the edit leads to, where otherwise most of them tell one way to put it from another."""
 
 
-def main(overrides: list[str]) -> None:
+def main(overrides: list[str]) -> int:
+    """Check the settings, then run the steps; returns the exit code."""
+    load_config_or_exit(Stage1Config, CONFIG, overrides, check_machine=False)
+    return exit_code_of(lambda: make(overrides))
+
+
+def make(overrides: list[str]) -> None:
     """Run the steps in order."""
     from llmga.toyworld.build import build_world
 
     splits = {"train": EDITING.rows, "validation": 1_000}
     build_world(WORK / EDITING.name / "data", splits=splits, seed=3, kind="stage1", weights=EDITING.parts)
     build_world(WORK / "data", splits=ROWS, seed=1, kind="stage1", weights=MIXTURE)
-    run(CONFIG, [*overrides, *changes(BASE, WORK / EDITING.name), *EDITING.overrides])
+    run(CONFIG, [*EDITING.overrides, *overrides, *changes(BASE, WORK / EDITING.name)])
     ship(run(CONFIG, overrides), SHIPPED, BASE)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

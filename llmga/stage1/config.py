@@ -12,10 +12,9 @@ from pydantic.dataclasses import dataclass
 from llmga.config import STRICT, AtLeastOne, NotNegative, OptimConfig, RunConfig, Share, combination
 from llmga.config_report import nearest_word
 from llmga.files import no_such_file
+from llmga.records import Task
 from llmga.stage1.chat_rows import template_names
 from llmga.stage1.instructions import languages
-
-Task = Literal["prompt_refinement", "similar_image", "inpainting", "outpainting", "editing", "vqa", "qa"]
 
 
 @dataclass(config=STRICT)
@@ -131,9 +130,16 @@ class SourceConfig:
     """One file of rows and how often it is drawn."""
 
     path: Path
-    format: Literal["manifest", "llmga_t2i", "llmga_sg", "llmga_inpainting", "llmga_edit", "llava", "sharegpt"] = (
-        "manifest"  # our own rows, or one of the published layouts
-    )
+    format: Literal[
+        "manifest",
+        "llmga_t2i",
+        "llmga_sg",
+        "llmga_inpainting",
+        "llmga_edit",
+        "llmga_edit_legacy_drop_last_char",
+        "llava",
+        "sharegpt",
+    ] = "manifest"  # our own rows, or one of the published layouts
     image_root: Path | None = None  # folder the rows' pictures are relative to; None: the file's own folder
     weight: Annotated[float, Limits(ge=0)] | None = None  # against the other sources; None: its number of rows
     name: str | None = None  # in logs and tables; None: the file's name

@@ -21,7 +21,7 @@ from llmga.bad_samples import BAD_SAMPLES_FILE, BadSampleBudget
 from llmga.checkpoint import checkpoint_step, read_marker
 from llmga.config import dump_config, paths_in
 from llmga.engine import engine_name
-from llmga.mixture import rows_per_epoch
+from llmga.mixture import Mixture, rows_per_epoch
 from llmga.muon import Muon
 from llmga.nodes.preflight import start_together
 from llmga.progress import RunProgress
@@ -143,6 +143,7 @@ def _train(job: _Job) -> Path:
     logger.info(
         "%d steps of %d examples, %.3g epochs of %d", total_steps, job.examples_per_step, epochs, samples_per_epoch
     )
+    _log_shares(data)
 
     # Trainer
     progress = RunProgress(total_steps, shown=job.ranks.is_main)
@@ -176,6 +177,16 @@ def _build_data(job: _Job, mllm: Mllm) -> tuple[Stage1Dataset, dict[str, Stage1D
         data, _ = build_datasets(cfg, mllm.processor, None, bad_samples_path)
         steps = math.ceil(len(data) / job.examples_per_step)
     return build_datasets(cfg, mllm.processor, steps * job.examples_per_step, bad_samples_path)
+
+
+def _log_shares(data: Stage1Dataset) -> None:
+    """What each source gives to the whole run."""
+    assert isinstance(data.order, Mixture)
+    for share in data.order.summary():
+        logger.info(
+            "source %s: %d of the %d examples (%.3g %%), each of its %d rows %.3g times",
+            *(share.name, share.draws, len(data), 100 * share.draws / len(data), share.rows, share.epochs),
+        )
 
 
 def _callbacks(

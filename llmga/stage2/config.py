@@ -9,9 +9,9 @@ from pydantic.dataclasses import dataclass
 
 from llmga.config import STRICT, AtLeastOne, NotNegative, OptimConfig, RunConfig, Share, combination
 from llmga.files import no_such_file
+from llmga.records import Task as RecordTask
 
 Task = Literal["text_to_image", "inpainting"]
-RecordTask = Literal["prompt_refinement", "similar_image", "inpainting", "outpainting", "editing", "vqa", "qa"]
 
 
 @dataclass(config=STRICT)

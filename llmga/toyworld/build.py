@@ -72,7 +72,8 @@ def build_world(
     Args:
         out: folder to make.
         rows: records of the training split; validation holds a twentieth of it and test a fifth, at least 64 each.
-        seed: picks the scenes and all that is said about them; under any seed no two splits share a scene.
+        seed: picks the scenes and all that is said about them. Splits share no scene's seed, whatever this one is; a
+            scene of few objects may still equal one of another split in all but the jitter of its objects.
         preset: `learnable` or `dense`.
         kind: `base` or `stage1`: a key of `CORPORA`.
         weights: weight of each part, a key of `PARTS`, instead of the kind's.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llmga.toyworld.parse import parse_batch
+from llmga.toyworld.parse import ParsedScene, parse_batch
 from llmga.toyworld.scene import ATTRIBUTES, Facts, Scene
 
 KINDS = ("background", *ATTRIBUTES)
@@ -22,16 +22,27 @@ def count_right(
         scenes: one for each, of one preset.
         asked: those of its facts that count, for each; None: all.
     Returns:
+        as `count_right_read`.
+    """
+    return count_right_read(parse_batch(pictures, scenes[0].preset), scenes, asked)
+
+
+def count_right_read(
+    read: Sequence[ParsedScene], scenes: Sequence[Scene], asked: Sequence[Facts] | None = None
+) -> dict[str, tuple[int, int]]:
+    """`count_right` of pictures that were read already.
+
+    Returns:
         kind of fact -> (right, all); `empty` counts the empty cells, right where nothing was drawn.
     """
     right = dict.fromkeys((*KINDS, "empty"), 0)
     total = dict.fromkeys(right, 0)
     asked = asked or [scene.facts() for scene in scenes]
-    for parsed, scene, facts in zip(parse_batch(pictures, scenes[0].preset), scenes, asked, strict=True):
-        read = parsed.facts()
+    for parsed, scene, facts in zip(read, scenes, asked, strict=True):
+        said = parsed.facts()
         for (kind, cell), value in facts.items():
             total[kind] += 1
-            right[kind] += read.get((kind, cell)) == value
+            right[kind] += said.get((kind, cell)) == value
         total["empty"] += len(scene.empty_cells())
         right["empty"] += len(scene.empty_cells()) - len(parsed.extra(scene))
     return {kind: (right[kind], total[kind]) for kind in right}

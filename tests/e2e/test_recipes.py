@@ -1,6 +1,7 @@
 """The shipped recipes on the shipped models: what a newcomer runs must run."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,10 +27,13 @@ def test_photos_recipe_trains_on_every_published_format(tmp_path: Path) -> None:
     run = tmp_path / "photos"
     done = train("configs/stage1/photos.yaml", run, "run.max_steps=8", "run.sample_every_steps=8", "run.num_workers=0")
     assert done.returncode == 0, done.stderr[-2000:]
+    drawn = re.findall(r"source (.+): (\d+) of the 32 examples", done.stderr)
+    assert len(drawn) == 8 and drawn[-1] == ("alpaca", "0")
+    assert sum(int(count) for _, count in drawn) == 32
     _, info = LlavaForConditionalGeneration.from_pretrained(run / "final", output_loading_info=True)
     assert not any(info.values())
     page = (run / "samples" / "step-8.html").read_text(encoding="utf-8")
-    assert page.count("data:image/") >= 4  # the photographs stand beside the replies
+    assert page.count("data:image/") == 3  # the photographs stand beside the replies
     sources = json.loads((run / "final" / "provenance.json").read_text(encoding="utf-8"))["inputs"]
     assert any(source["path"].endswith("Edit/train.json") for source in sources)
 

@@ -52,12 +52,19 @@ def test_a_run_may_replace_the_allowed_share_of_its_examples_and_not_one_more(pa
         budget.check(seen=251)
 
 
-@pytest.mark.parametrize("max_share", [0.0, SHARE])
-def test_one_bad_picture_is_free_in_the_shortest_run(path: Path, max_share: float) -> None:
+def test_one_bad_picture_is_free_in_the_shortest_run(path: Path) -> None:
     write_bad(path, [0, 5])
-    budget = BadSampleBudget(path, max_share, total=10)
+    budget = BadSampleBudget(path, SHARE, total=10)
     budget.check(seen=5)
     with pytest.raises(TooManyBadSamples):
+        budget.check(seen=6)
+
+
+def test_none_is_free_at_a_share_of_0(path: Path) -> None:
+    write_bad(path, [5])
+    budget = BadSampleBudget(path, max_share=0.0, total=1_000_000)
+    budget.check(seen=5)
+    with pytest.raises(TooManyBadSamples, match=r"1 of the first 6 .* data.max_bad_share = 0 allows 0 in the whole"):
         budget.check(seen=6)
 
 

@@ -1,6 +1,8 @@
 """What a person reads of a run: figures in a line, durations in words."""
 
+import io
 import logging
+import sys
 
 import pytest
 
@@ -25,6 +27,30 @@ def test_figures_that_are_there_come_in_a_fixed_order() -> None:
     assert line == "loss 1.0000  9s left  replaced: 3 picture, 1 too long"
     assert figures_line({"loss": 1.0, "left_out": 4}) == "loss 1.0000  4 left out of full rows"
     assert figures_line({"eval_toy_loss": 2.0}) == "held out toy_loss 2.0000"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_a_bar_shows_step_and_figures_and_held_out_losses_stay_above_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    for name, value in {"TERM": "xterm", "COLUMNS": "100"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    caplog.set_level(logging.INFO, "llmga.progress")
+    with RunProgress(20, shown=True) as progress:
+        progress.advance(9)
+        progress.report(10, {"loss": 1.5, "lr": 2e-5, "eta_s": 200})
+        progress.report(10, {"eval_toy_loss": 2.0})
+    last = screen.getvalue().rsplit("\r", 1)[-1]
+    assert "10/20" in last and "loss 1.5000  3m20s left" in last and "━" in last
+    assert "\x1b[" in last and "lr " not in last
+    assert caplog.messages == ["step 10/20  held out toy_loss 2.0000"]
 
 
 def test_without_a_terminal_one_line_per_log_and_only_on_the_first_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,7 @@ def chat(*turns: tuple[str, str], **fields: Any) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- good rows
 
+LEGACY = "llmga_edit_legacy_drop_last_char"
 SETS = {
     "llmga_t2i": (JSONS / "llmga-data/T2I/train.json", 8, "prompt_refinement"),
     "llmga_sg": (JSONS / "llmga-data/SG/train.json", 8, "similar_image"),
@@ -120,6 +121,15 @@ def test_an_instruction_loses_one_trailing_comma_and_its_placeholder(
     assert record.instruction == kept
     expected = {} if "<image>" in instruction else {"picture without placeholder": 1}
     assert report.notes == {**expected, **({note: 1} if note else {})}
+
+
+@pytest.mark.parametrize("instruction", ["Make it blue,", "Make it blue.", "Make it blue\n", "<image>\nMake it blue!"])
+def test_an_instruction_loses_whatever_comes_last_where_the_published_code_is_followed(
+    tmp_path: Path, instruction: str
+) -> None:
+    (record,), report = read(tmp_path, LEGACY, {"image": "a.jpg", "instruction": instruction, "new_caption": "b"})
+    assert record.instruction == "Make it blue"
+    assert report.notes["instruction: last character removed"] == 1
 
 
 def test_editing_takes_the_caption_where_there_is_no_picture(tmp_path: Path) -> None:
@@ -283,7 +293,7 @@ def test_the_wrong_format_is_found_out_and_the_right_one_offered(tmp_path: Path)
         read(tmp_path, "llava", *[{"image": "a.jpg", "caption": "a kite"}] * 1500)
     with pytest.raises(PublishedError, match=r"unknown format 'lava' .*; did you mean 'llava'\?"):
         read_published(SETS["llava"][0], "lava")
-    for format in set(FORMATS) - {"llmga_inpainting"}:
+    for format in set(FORMATS) - {"llmga_inpainting", LEGACY}:
         assert guess_formats(json.loads(SETS[format][0].read_text())[0])[0] == format
 
 
@@ -333,15 +343,17 @@ def test_a_manifest_is_opened_as_it_is(tmp_path: Path) -> None:
 
 def test_the_photos_config_names_files_and_pictures_that_exist(tmp_path: Path) -> None:
     config = yaml.safe_load((ROOT / "configs/stage1/photos.yaml").read_text())
-    formats = set()
-    for source in config["data"]["sources"] + config["data"]["validation"]:
+    formats, pictures = set(), {"sources": set[str](), "validation": set[str]()}
+    for part, source in [(name, entry) for name in pictures for entry in config["data"][name]]:
         root = ROOT / source["image_root"] if "image_root" in source else None
         manifest = manifest_of(ROOT / source["path"], source["format"], tmp_path, root)
         formats.add(source["format"])
         assert len(manifest) > 0
-        for record in manifest:
+        for record in manifest[: source.get("max_rows")]:
             assert record.image is None or (manifest.image_root / record.image).is_file()
-    assert formats == set(FORMATS)
+            pictures[part].add(Path(record.image or "").name)
+    assert formats == set(FORMATS) - {LEGACY}
+    assert len(pictures["validation"]) == 3 and pictures["validation"].isdisjoint(pictures["sources"])
 
 
 # ---------------------------------------------------------------- the command

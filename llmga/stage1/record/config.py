@@ -8,9 +8,8 @@ from pydantic import Field as Limits
 from pydantic.dataclasses import dataclass
 
 from llmga.config import STRICT, AtLeastOne, combination
+from llmga.records import GenerationTask
 from llmga.stage1.config import DataConfig, SourceConfig, without_model
-
-AskedTask = Literal["prompt_refinement", "similar_image", "inpainting", "outpainting", "editing"]
 
 
 @dataclass(config=STRICT)
@@ -53,7 +52,7 @@ class RecordConfig:
     model: Path | None = None  # folder of an MLLM; None with an endpoint
     endpoint: EndpointConfig | None = None  # ask a server instead
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    task: AskedTask | None = None  # what to ask for; None: each row's own task, rows without generation left out
+    task: GenerationTask | None = None  # what to ask for; None: each row's own task, rows without generation left out
     reply: Literal["tagged", "plain"] = "tagged"  # the prompt is what stands between tags, or the whole reply
     phrasing: Literal["train", "held_out"] = "train"  # which instructions are drawn
     language: str = DataConfig.language  # of the instructions

@@ -8,13 +8,12 @@ from zlib import crc32
 import numpy as np
 from PIL import Image
 
-from llmga.records import Record
+from llmga.records import GENERATION_TASKS, Record
 from llmga.stage1.record.config import RecordConfig
 from llmga.stage1.reply import Prompt
 from llmga.stage1.tasks import TaskSettings, build_example
 from llmga.tokens import parse_reply
 
-ASKED_TASKS = ("prompt_refinement", "similar_image", "inpainting", "outpainting", "editing")
 _ANSWER = "."  # recipes want the answer that training would show; here it is what we ask for
 
 
@@ -37,7 +36,7 @@ class Question:
 
 def is_asked(record: Record, cfg: RecordConfig) -> bool:
     """Whether a row gets a prompt: chats ask for no picture."""
-    return cfg.task is not None or record.task in ASKED_TASKS
+    return cfg.task is not None or record.task in GENERATION_TASKS
 
 
 def build_question(row: int, record: Record, cfg: RecordConfig, load_picture: Callable[[str], Image.Image]) -> Question:

@@ -1,0 +1,1 @@
+"""What the commands of `llmga` do, by what they are about; `llmga.cli` puts them together."""
