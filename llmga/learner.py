@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -17,6 +16,38 @@ from llmga.run_folder import ResumeError
 
 Figures = dict[str, Tensor]
 Loss = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Figures]]
+
+
+class RunningAverage:
+    """Of a network's weights, in float32; its decay rises as (1 + s) / (10 + s) to its limit, s being steps done.
+
+    What diffusers' `EMAModel` does. That one comes with all of diffusers: seconds of import in every process of a run.
+
+    Attributes:
+        weights: what is averaged, by name.
+        values: their averages.
+        steps: taken in so far.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
+        self.weights, self.decay, self.steps = weights, decay, 0
+        self.values = {name: weight.detach().to(torch.float32, copy=True) for name, weight in weights.items()}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take in the weights after an optimizer step; the first ones count alone."""
+        share = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.steps else 1.0
+        self.steps += 1
+        values, weights = list(self.values.values()), list(self.weights.values())
+        if all(weight.dtype == torch.float32 for weight in weights):
+            torch._foreach_lerp_(values, weights, share)
+            return
+        for value, weight in zip(values, weights, strict=True):
+            value.lerp_(weight.float(), share)
+
+    def copy_to_weights(self) -> None:
+        """Put the averages in the place of the weights."""
+        _fill(self.weights, self.values)
 
 
 @dataclass(eq=False)
@@ -49,7 +80,7 @@ class Learner:
         if not self.trained:
             raise ValueError(f"no parameter of {self.name} requires a gradient; nothing would be learned")
         self._highest = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self.ema = None if self.ema_decay is None else _running_average(self.trained.values(), self.ema_decay)
+        self.ema = None if self.ema_decay is None else RunningAverage(self.trained, self.ema_decay)
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -78,15 +109,16 @@ class Learner:
         """The network in eval mode and without gradients, its averaged weights in place where there is an average."""
         was_training = self.module.training
         self.module.eval()
+        learned = None
         if self.ema is not None:
-            self.ema.store(self.trained.values())
-            self.ema.copy_to(self.trained.values())
+            learned = {name: weight.detach().to("cpu", copy=True) for name, weight in self.trained.items()}
+            self.ema.copy_to_weights()
         try:
             with torch.no_grad():
                 yield self.module
         finally:
-            if self.ema is not None:
-                self.ema.restore(self.trained.values())
+            if learned is not None:
+                _fill(self.trained, learned)
             self.module.train(was_training)
 
     # ---------------------------------------------------------------- checkpoints
@@ -95,8 +127,7 @@ class Learner:
         """Write weights and average, by name; optimizer states are `save_optimizer`'s, since DeepSpeed has its own."""
         save_file(_contiguous(self._learned()), folder / f"{self.name}.safetensors")
         if self.ema is not None:
-            shadow = dict(zip(self.trained, self.ema.shadow_params, strict=True))
-            save_file(_contiguous(shadow), folder / f"{self.name}.ema.safetensors")
+            save_file(_contiguous(self.ema.values), folder / f"{self.name}.ema.safetensors")
 
     def save_optimizer(self, folder: Path) -> None:
         """Write the optimizer's states."""
@@ -108,7 +139,7 @@ class Learner:
         Raises:
             ResumeError: the checkpoint holds other weights than this network learns, or no average.
         """
-        _fill(self._learned(), load_file(folder / f"{self.name}.safetensors"), folder)
+        _take_back(self._learned(), load_file(folder / f"{self.name}.safetensors"), folder)
         if self.ema is not None:
             path = folder / f"{self.name}.ema.safetensors"
             if not path.is_file():
@@ -116,8 +147,8 @@ class Learner:
                     f"{folder} holds no running average of {self.name}; keep it off as it was, or start anew with "
                     "run.resume=false"
                 )
-            _fill(dict(zip(self.trained, self.ema.shadow_params, strict=True)), load_file(path), folder)
-            self.ema.optimization_step = step
+            _take_back(self.ema.values, load_file(path), folder)
+            self.ema.steps = step
         if with_optimizer:
             state = torch.load(folder / f"{self.name}.optimizer.pt", map_location="cpu", weights_only=True)
             settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
@@ -131,22 +162,12 @@ class Learner:
         return {name: value for name, value in self.module.state_dict().items() if name not in frozen}
 
 
-def _running_average(parameters: Iterable[nn.Parameter], decay: float) -> EMAModel:
-    """diffusers' average, whose decay rises as (1 + s) / (10 + s) to its limit; in float32."""
-    weights = list(parameters)
-    on_gpu = all(weight.is_cuda for weight in weights)
-    ema = EMAModel(weights, decay=decay, foreach=on_gpu and all(w.dtype == torch.float32 for w in weights))
-    ema.to(device=weights[0].device, dtype=torch.float32)
-    return ema
-
-
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
-@torch.no_grad()
-def _fill(ours: Mapping[str, Tensor], saved: Mapping[str, Tensor], folder: Path) -> None:
-    """Copy saved tensors into ours, all of them or none."""
+def _take_back(ours: Mapping[str, Tensor], saved: Mapping[str, Tensor], folder: Path) -> None:
+    """Copy what a checkpoint holds into ours, all of it or none."""
     wrong = sorted(
         name
         for name in ours.keys() | saved.keys()
@@ -157,8 +178,13 @@ def _fill(ours: Mapping[str, Tensor], saved: Mapping[str, Tensor], folder: Path)
             f"{folder} holds other weights than this run trains: {len(wrong)} are missing, unknown or of another "
             f"shape, first {wrong[0]}; were settings of the model changed? Start anew with run.resume=false"
         )
+    _fill(ours, saved)
+
+
+@torch.no_grad()
+def _fill(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
     for name, tensor in ours.items():
-        tensor.copy_(saved[name])
+        tensor.copy_(theirs[name])
 
 
 def fused_adamw(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> torch.optim.AdamW:

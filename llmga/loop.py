@@ -212,7 +212,7 @@ class _Loop:
                 learner.optimizer.step()
                 learner.optimizer.zero_grad(set_to_none=True)
             if learner.ema is not None:
-                learner.ema.step(learner.trained.values())
+                learner.ema.step()
         self.figures.add(losses, norms)
         if stop and self.signals.received is None:
             self.signals.received = "a signal to another rank"

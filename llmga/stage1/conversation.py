@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
+from PIL import Image
+
 from llmga.tokens import IGNORE_INDEX, TAG_LITERALS, neutralise
 
 if TYPE_CHECKING:
@@ -48,6 +50,19 @@ class Turn:
     role: Literal["system", "user", "assistant"]
     content: str
     has_picture: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation that ends with a question.
+
+    Attributes:
+        turns: user and assistant in turn, the last one by the user.
+        picture: what the one turn with `has_picture` shows, RGB.
+    """
+
+    turns: Sequence[Turn]
+    picture: Image.Image | None = None
 
 
 @dataclass(frozen=True, slots=True)

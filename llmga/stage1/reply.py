@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 from llmga.images import PictureMode, fit_picture
 from llmga.runtime import zero3_is_on
-from llmga.stage1.conversation import ConversationError, Turn, encode_conversation, encode_prompt
+from llmga.stage1.conversation import ConversationError, Prompt, Turn, encode_conversation, encode_prompt
 from llmga.stage1.growing_cache import growing_cache
 from llmga.stage1.model import Mllm
 from llmga.stage1.pixels import PixelEncoder
@@ -31,19 +31,6 @@ _COMPACT_SHARE = 0.75  # finished rows leave when at most this share of the batc
 
 class PromptError(ValueError):
     """A prompt or a setting that no reply can be made from."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A conversation that ends with a question.
-
-    Attributes:
-        turns: user and assistant in turn, the last one by the user.
-        picture: what the one turn with `has_picture` shows, RGB.
-    """
-
-    turns: Sequence[Turn]
-    picture: Image.Image | None = None
 
 
 def generate_replies(

@@ -170,7 +170,7 @@ def export_pipeline(cfg: Stage2Config, parts: Parts, learner: Learner, folder: P
     """Write the pipeline that came out: the trained UNet, its average where there is one; what is frozen as it was."""
     unet: Any = learner.module.float()  # first, or an average would be cut to what DeepSpeed trained in
     if learner.ema is not None:
-        learner.ema.copy_to(learner.trained.values())
+        learner.ema.copy_to_weights()
     if cfg.model.lora is not None:
         _save_adapter(parts, unet, folder)
         unet.fuse_lora()

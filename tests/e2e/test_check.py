@@ -19,7 +19,7 @@ from PIL import Image
 
 from llmga.records import Record, write_manifest
 
-PICTURES = 3000  # enough that a signal arrives long before the end
+PICTURES = 2000  # small ones, and yet so many that a signal arrives long before the end: in 16 ranges
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = folder / f"{number:04d}.jpg"
         if number < 30:
             small = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
-            small.resize((700, 600), Image.Resampling.BICUBIC).save(path, quality=92)
+            small.resize((240, 200), Image.Resampling.BICUBIC).save(path, quality=92)
         elif number % 100 == 37:
             data = (folder / f"{number % 30:04d}.jpg").read_bytes()
             path.write_bytes(data[: len(data) // 2])
@@ -81,7 +81,7 @@ def unbroken(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     process = start(manifest, out)
     shown, errors = process.communicate()
     assert process.returncode == 1, errors
-    assert "picture_damaged" in shown and "3,005 rows, 2,970 usable; 3,005 pictures" in shown
+    assert "picture_damaged" in shown and "2,005 rows, 1,980 usable; 2,005 pictures" in shown
     return written(out)
 
 
@@ -95,7 +95,7 @@ def test_a_killed_check_goes_on_and_ends_in_the_same_report(
     os.kill(process.pid, with_signal)
     said = process.communicate(timeout=60)
     assert process.returncode == exit_code, said
-    assert 2 <= pictures_done(tmp_path / "out") < 20
+    assert 2 <= pictures_done(tmp_path / "out") < 14
     deadline = time.monotonic() + 30
     while session_of(process.pid) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from llmga.config import EXIT_BAD_INPUT, EXIT_OK, dump_config
 from llmga.diffrir.train import train
+from tests.forks import warm_python
 from tests.toy_restoration import settings
 
 ROOT = Path(__file__).parents[2]
@@ -65,9 +66,9 @@ def write_settings(folder: Path, *phases: str, **run: Any) -> Path:
     return path
 
 
-def command(script: Path, path: Path, *overrides: str, processes: int = 1) -> list[str]:
+def command(script: Path, path: Path, *overrides: str, python: str | None = None, processes: int = 1) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [sys.executable, *(launcher if processes > 1 else []), str(script), str(path), *overrides]
+    return [python or warm_python(), *(launcher if processes > 1 else []), str(script), str(path), *overrides]
 
 
 def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
@@ -102,22 +103,28 @@ def test_two_processes_hold_the_same_weights_and_train_like_one(tmp_path: Path) 
     assert losses(tmp_path / "run/prior") == pytest.approx(losses(alone / "prior"), abs=1e-6)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The end of a training that nothing stops."""
+    return train(settings(tmp_path_factory.mktemp("whole"), "prior", "encoder", "joint"))
+
+
 @pytest.mark.parametrize(("number", "where"), [(signal.SIGKILL, "prior"), (signal.SIGTERM, "joint")])
-def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path: Path, number: int, where: str) -> None:
+def test_a_stopped_training_goes_on_to_the_same_weights(whole: Path, tmp_path: Path, number: int, where: str) -> None:
     script = tmp_path / "slow.py"
     script.write_text(SLOW_SCRIPT)
     path = write_settings(tmp_path, "prior", "encoder", "joint")
-    process = start(command(script, path), tmp_path)
+    killed = number == signal.SIGKILL
+    process = start(command(script, path, python=sys.executable if killed else None), tmp_path)
     deadline = time.monotonic() + PATIENCE
     while not (tmp_path / f"run/{where}/checkpoint-2/complete").is_file():
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()[1][-2000:]
         time.sleep(0.02)
     process.send_signal(number)
     process.communicate(timeout=PATIENCE)
-    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    assert process.returncode == (-signal.SIGKILL if killed else 130)
     said = finish(command(SCRIPT, path), tmp_path)
     assert f"going on from {tmp_path}/run/{where}/checkpoint-" in said
-    whole = train(settings(tmp_path, "prior", "encoder", "joint", output_dir="whole"))
     found, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run/final", whole))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     for phase in ("prior", "encoder", "joint"):
@@ -133,10 +140,11 @@ def test_a_mistake_in_the_settings_is_one_message(tmp_path: Path) -> None:
 
 
 def test_the_ablation_trains_every_arm_once_and_judges_every_step(tmp_path: Path) -> None:
-    path = write_settings(tmp_path, "prior", "encoder", "joint", eval_every_steps=0, sample_every_steps=0)
-    words = [sys.executable, str(ABLATION), "--config", str(path), "--seeds=2", "--pictures=6"]
+    short = ("phases.0.steps=1", "phases.1.steps=1")
+    path = write_settings(tmp_path, "prior", "joint", overrides=short, eval_every_steps=0, sample_every_steps=0)
+    words = [str(ABLATION), "--config", str(path), "--seeds=2", "--pictures=6"]
     words += ["--data", str(tmp_path / "pictures"), "--out", str(tmp_path / "out")]
-    finish(words, tmp_path)
+    finish([sys.executable, *words], tmp_path)
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert {metric["arm"] for metric in result["metrics"]} == {
         "none",
@@ -153,5 +161,5 @@ def test_the_ablation_trains_every_arm_once_and_judges_every_step(tmp_path: Path
     assert none["value"] == pytest.approx(np.nanmean(biases), rel=0.2) and none["value"] > 0.01
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/joint/final/model.safetensors")}
     assert len(made) == 8
-    finish(words, tmp_path)
+    finish([warm_python(), *words], tmp_path)
     assert {path: path.stat().st_mtime_ns for path in made} == made

@@ -16,13 +16,14 @@ from PIL import Image
 from llmga.records import Record, open_manifest, write_manifest
 from llmga.stage1.record.parts import parts_folder, read_lines
 from tests.chat_server import ChatServer, asked_text, chat_server
+from tests.forks import warm_python
 
 REPOSITORY = Path(__file__).parents[2]
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 NUM_ROWS, BATCH = 40, 4
 
 
-def start(folder: Path, server: ChatServer, *arguments: str) -> subprocess.Popen[str]:
+def start(folder: Path, server: ChatServer, *arguments: str, python: str | None = None) -> subprocess.Popen[str]:
     """A process that records."""
     values = {
         "source.path": folder / "rows.jsonl", "out": folder / "out.jsonl", "task": "similar_image",
@@ -30,7 +31,7 @@ def start(folder: Path, server: ChatServer, *arguments: str) -> subprocess.Popen
     }  # fmt: skip
     (folder / "c.yaml").write_text("{}\n")
     line = [
-        sys.executable,
+        python or warm_python(),
         "scripts/record_prompts.py",
         str(folder / "c.yaml"),
         *(f"{k}={v}" for k, v in values.items()),
@@ -60,7 +61,7 @@ def wait_for(condition: object, seconds: float = 300) -> None:
 
 def test_killed_it_goes_on_and_two_processes_share_what_is_left(folder: Path) -> None:
     with chat_server(lambda body, number: f"<gen_img> {asked_text(body)} </gen_img>", delay_s=0.1) as server:
-        killed = start(folder, server)
+        killed = start(folder, server, python=sys.executable)
         wait_for(lambda: len(server.requests) > 3 * BATCH)
         killed.send_signal(signal.SIGKILL)
         killed.communicate()

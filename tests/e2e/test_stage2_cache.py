@@ -4,7 +4,6 @@ Run: pytest tests/e2e/test_stage2_cache.py
 """
 
 import json
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -19,6 +18,7 @@ from llmga.stage2.cache import CacheError, SourceCache, open_caches
 from llmga.stage2.make_cache import make_cache
 from llmga.stage2.sources import open_sources
 from llmga.stage2.train import train
+from tests.forks import FORKS
 from tests.toy_loop import losses
 from tests.toy_stage2 import load, make_inputs
 
@@ -157,9 +157,7 @@ def _killed_at_the_third_shard(settings: Path, overrides: tuple[str, ...]) -> No
 def test_a_kill_loses_the_shard_at_hand_and_no_other(settings: Path) -> None:
     folder = settings.parent / "killed"
     overrides = (f"cache.path={folder}", *SMALL)
-    process = multiprocessing.get_context("spawn").Process(
-        target=_killed_at_the_third_shard, args=(settings, overrides)
-    )
+    process = FORKS.Process(target=_killed_at_the_third_shard, args=(settings, overrides))
     process.start()
     process.join(240)
     assert process.exitcode == -9 and len(shards(folder)) == 2

@@ -76,7 +76,10 @@ def test_killed_in_the_middle_it_resumes_to_the_losses_of_an_unbroken_run(settin
 
 def test_two_processes_train_as_one(settings: Path, alone: Path) -> None:
     folder = settings.parent / "both"
-    assert run(settings, f"run.output_dir={folder}", "run.batch_size=1", processes=2) == [0, 0]
+    assert run(settings, f"run.output_dir={folder}", "run.batch_size=1", "run.save_every_steps=0", processes=2) == [
+        0,
+        0,
+    ]
     assert losses(folder) == pytest.approx(losses(alone), abs=1e-5)
     assert losses(folder, "eval_loss") == pytest.approx(losses(alone, "eval_loss"), abs=1e-5)
 
@@ -85,8 +88,8 @@ def test_two_processes_train_as_one(settings: Path, alone: Path) -> None:
 def test_zero_2_trains_as_one_process_does(settings: Path, alone: Path, precision: str, tolerance: float) -> None:
     folder = settings.parent / f"zero2_{precision}"
     overrides = [
-        f"run.output_dir={folder}", "run.batch_size=1", f"run.precision={precision}", "run.sample_every_steps=4",
-        f"run.deepspeed={ROOT / 'configs/deepspeed/zero2.json'}",
+        f"run.output_dir={folder}", "run.batch_size=1", f"run.precision={precision}",
+        "run.sample_every_steps=4", "run.save_every_steps=4", f"run.deepspeed={ROOT / 'configs/deepspeed/zero2.json'}",
     ]  # fmt: skip
     assert run(settings, *overrides, processes=2) == [0, 0]
     assert losses(folder) == pytest.approx(losses(alone), abs=tolerance)
@@ -104,7 +107,7 @@ def test_bf16_trains_float32_weights_and_paints(settings: Path, tmp_path: Path, 
     exact, rough = (tmp_path / precision for precision in ("fp32", "bf16"))
     for folder in (exact, rough):
         overrides = (f"run.output_dir={folder}", f"run.precision={folder.name}", "run.sample_every_steps=2")
-        assert run(inputs, *overrides, "run.max_steps=2") == [0]
+        assert run(inputs, *overrides, "run.max_steps=2", "run.save_every_steps=0") == [0]
     assert losses(rough) != losses(exact) and losses(rough) == pytest.approx(losses(exact), abs=0.02)
     assert losses(rough, "eval_loss") == pytest.approx(losses(exact, "eval_loss"), abs=0.02)
     learned, before = (

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
 
 from llmga.config import load_config
 from llmga.learner import fused_adamw
@@ -24,6 +25,23 @@ AVAILABLE_GB = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(AVAILABLE_GB < NEEDED_GB, reason=f"needs {NEEDED_GB} GB of memory")]
 
 
+@pytest.fixture
+def products_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor without instructions for bfloat16 takes three times as long for them."""
+    convolve = torch.nn.Conv2d._conv_forward
+
+    def conv_forward(self: torch.nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return convolve(self, x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+    def linear_forward(self: torch.nn.Linear, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return torch.nn.functional.linear(x.float(), self.weight.float(), bias).to(x.dtype)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", conv_forward)
+    monkeypatch.setattr(torch.nn.Linear, "forward", linear_forward)
+
+
+@pytest.mark.usefixtures("products_in_float32")
 def test_one_step_of_the_published_inpainting_config() -> None:
     cfg = load_config(Stage2Config, ROOT / "configs/stage2/sd15_inpainting.yaml", check_machine=False)
     table = yaml.safe_load((ROOT / "llmga/stage2/architectures.yaml").read_text())["sd15_inpainting"]
@@ -31,9 +49,14 @@ def test_one_step_of_the_published_inpainting_config() -> None:
         unet = UNet2DConditionModel.from_config(table["unet"])
     unet = unet.to(torch.bfloat16).to_empty(device="cpu").train()
     torch.manual_seed(0)
+    drawn = torch.empty(1_000_003).uniform_(-0.02, 0.02).to(torch.bfloat16)  # again and again: drawing takes a while
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
-            parameter.fill_(float("norm" in name)) if parameter.ndim == 1 else parameter.uniform_(-0.02, 0.02)
+            if parameter.ndim == 1:
+                parameter.fill_(float("norm" in name))
+            else:
+                count = parameter.numel()
+                parameter.copy_(drawn.repeat(count // len(drawn) + 1)[:count].view_as(parameter))
     unet.enable_gradient_checkpointing()
     assert sum(parameter.numel() for parameter in unet.parameters()) == table["parameters"]["unet"]
     optimizer = fused_adamw(unet.parameters(), cfg.optim)

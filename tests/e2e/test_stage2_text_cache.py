@@ -22,7 +22,8 @@ from llmga.stage2.train import train
 from tests.toy_loop import losses
 from tests.toy_stage2 import load, make_inputs
 
-ALL_TEXTS = ("data.prompt_dropout=0.25", "data.short_caption_share=0.35", "data.validation=[]")
+ALL_TEXTS = ("data.prompt_dropout=0.25", "data.short_caption_share=0.35")
+TRAINING_ALONE = ("data.validation=[]", "run.save_every_steps=0")
 
 
 def overrides_of(folder: Path, *more: str) -> tuple[str, ...]:
@@ -47,7 +48,7 @@ def test_losses_are_those_of_prompts_encoded_while_training(
     tmp_path: Path, request: pytest.FixtureRequest, sdxl: bool, layout: str
 ) -> None:
     settings = make_inputs(tmp_path, sdxl=sdxl)
-    overrides = overrides_of(tmp_path / "cache", f"model.layout={layout}", *ALL_TEXTS)
+    overrides = overrides_of(tmp_path / "cache", f"model.layout={layout}", *ALL_TEXTS, *TRAINING_ALONE)
     for rank in (1, 0):
         make_cache(load(settings, *overrides), Ranks(rank, rank, 2))
     live = train(load(settings, f"run.output_dir={tmp_path / 'live'}", *overrides, "cache.text=false")).parent
@@ -58,7 +59,7 @@ def test_losses_are_those_of_prompts_encoded_while_training(
 
 def test_half_precision_is_close(tmp_path: Path) -> None:
     settings = make_inputs(tmp_path)
-    half = (*overrides_of(tmp_path / "half"), "cache.precision=fp16", "data.validation=[]")
+    half = (*overrides_of(tmp_path / "half"), "cache.precision=fp16", *TRAINING_ALONE)
     make_cache(load(settings, *half), Ranks())
     made = train(load(settings, *half)).parent
     other = (f"run.output_dir={tmp_path / 'live'}", "cache.text=false")

@@ -41,6 +41,7 @@ from tests.toy_restoration import STEPS, make_pictures, settings, with_phase
 
 REPOSITORY = Path(__file__).parents[2]
 MILD = PairSettings(1, 32, 32, scaled(0.2))
+LOSSES_ALONE = {"eval_every_steps": 0, "sample_every_steps": 0, "save_every_steps": 0}
 
 
 # ---------------------------------------------------------------- settings
@@ -92,7 +93,7 @@ def test_wandb_receives_the_picture_strips_each_phase_in_a_run_of_its_own(
     import wandb
 
     monkeypatch.setenv("WANDB_SILENT", "true")
-    train(settings(tmp_path, "prior", "encoder", trackers="[wandb]"))
+    train(settings(tmp_path, "prior", "encoder", trackers="[wandb]", eval_every_steps=0, save_every_steps=0))
     wandb.teardown()
     shots = list((tmp_path / "run").rglob("media/images/*.png"))
     assert {shot.relative_to(tmp_path / "run").parts[0] for shot in shots} == {"prior", "encoder"}
@@ -315,7 +316,9 @@ def test_a_stopped_phase_goes_on_to_the_same_weights(whole: Path, phase: str, mo
 @pytest.mark.parametrize(("scale", "reference"), [(2, True), (4, True), (1, False)])
 def test_other_scales_and_the_network_without_reference_train_too(tmp_path: Path, scale: int, reference: bool) -> None:
     words = (f"model.scale={scale}", f"model.reference={str(reference).lower()}", "phases.1.sharpened=true")
-    made = load_restorer(train(settings(tmp_path, "prior", "joint", overrides=words)), scale, "diffusion")
+    made = load_restorer(
+        train(settings(tmp_path, "prior", "joint", overrides=words, **LOSSES_ALONE)), scale, "diffusion"
+    )
     prior = load_file(tmp_path / "run/prior/final/model.safetensors")["generator.embed.weight"]
     assert made.reference is reference and prior.shape == made.generator.embed.weight.shape
     assert (prior - made.generator.embed.weight).abs().max() < STEPS * 1e-2 + 1e-6  # went on from there
@@ -376,7 +379,7 @@ def test_folders_that_do_not_fit_the_settings(whole: Path) -> None:
 def test_one_batch_is_overfitted_in_every_phase(tmp_path: Path) -> None:
     """Fixed pairs, more steps: the loss of each phase falls."""
     make_pictures(tmp_path / "pictures", 2, 32)
-    cfg = settings(tmp_path, "prior", "encoder", "joint", eval_every_steps=0, sample_every_steps=0)
+    cfg = settings(tmp_path, "prior", "encoder", "joint", **LOSSES_ALONE)
     for index in range(3):
         cfg = with_phase(cfg, index, steps=14, lr=3e-3)
     folder = train(cfg).parent

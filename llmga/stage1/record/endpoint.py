@@ -15,8 +15,8 @@ from http.client import HTTPException
 from typing import Any
 
 from llmga.images import data_url
+from llmga.stage1.conversation import Prompt
 from llmga.stage1.record.config import EndpointConfig, RecordConfig
-from llmga.stage1.reply import Prompt
 
 _LONGEST_WAIT_S = 60.0
 _BUSY = {408, 409, 425, 429, 500, 502, 503, 504}

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from llmga.records import GENERATION_TASKS, Record
+from llmga.stage1.conversation import Prompt
 from llmga.stage1.record.config import RecordConfig
-from llmga.stage1.reply import Prompt
 from llmga.stage1.tasks import TaskSettings, build_example
 from llmga.tokens import parse_reply
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from itertools import islice
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmga.images import PictureError, open_picture, picture_path
 from llmga.progress import duration
@@ -16,12 +16,14 @@ from llmga.records import RecordError
 from llmga.runtime import Interrupted, Ranks
 from llmga.stage1.record.config import RecordConfig
 from llmga.stage1.record.endpoint import EndpointEngine
-from llmga.stage1.record.engines import Engine, LocalEngine
 from llmga.stage1.record.merge import Merged, merge_parts
 from llmga.stage1.record.parts import PartWriter, agree_on_settings, done_rows, parts_folder
 from llmga.stage1.record.questions import Question, build_question, is_asked, read_reply
 from llmga.stage1.sources import Source
 from llmga.tokens import clip_length
+
+if TYPE_CHECKING:
+    from llmga.stage1.record.engines import Engine
 
 logger = logging.getLogger(__name__)
 _LOG_EVERY_S = 10.0
@@ -69,12 +71,16 @@ def record_prompts(cfg: RecordConfig, ranks: Ranks) -> Merged | None:
     return merge_parts(cfg, source)
 
 
-def build_engine(cfg: RecordConfig, ranks: Ranks) -> Engine:
+def build_engine(cfg: RecordConfig, ranks: Ranks) -> "Engine":
     """The model of the settings, in this process or behind its server."""
-    return EndpointEngine(cfg) if cfg.endpoint is not None else LocalEngine(cfg, ranks)
+    if cfg.endpoint is not None:
+        return EndpointEngine(cfg)
+    from llmga.stage1.record.engines import LocalEngine  # and transformers, which a server's clients do not need
+
+    return LocalEngine(cfg, ranks)
 
 
-def record_rows(cfg: RecordConfig, source: Source, rows: Sequence[int], engine: Engine) -> Iterator[dict[str, Any]]:
+def record_rows(cfg: RecordConfig, source: Source, rows: Sequence[int], engine: "Engine") -> Iterator[dict[str, Any]]:
     """One line for each row: its prompt, or why it has none."""
     questions: list[Question] = []
     lines: dict[int, dict[str, Any]] = {}
@@ -122,7 +128,7 @@ def reply_seed(seed: int, id: str, attempt: int) -> int:
     return int.from_bytes(sha256(f"{seed}\0{id}\0{attempt}".encode("utf-8", "surrogatepass")).digest()[:4]) >> 1
 
 
-def shared_settings(cfg: RecordConfig, source: Source, engine: Engine) -> dict[str, Any]:
+def shared_settings(cfg: RecordConfig, source: Source, engine: "Engine") -> dict[str, Any]:
     """What decides the prompts; all processes, and all starts of one recording, must have the same."""
     sampling = {key: getattr(cfg.sampling, key) for key in vars(cfg.sampling) if not key.startswith("_")}
     stat = source.path.stat()
