@@ -1,8 +1,11 @@
-"""JSON as the standard has it: no NaN, no halves of surrogate pairs, UTF-8, one value per line."""
+"""JSON as the standard has it: no NaN, no halves of surrogate pairs, UTF-8, one value per line; and settings files."""
 
 import json
 import re
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
+
+from llmga.files import HEAD_BYTES, no_such_file, what_it_is
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -42,3 +45,27 @@ def encode_line(value: object) -> bytes:
         raise ValueError(f"a text holds {half!r}, half of a surrogate pair, which is not a character") from None
     except (TypeError, ValueError, RecursionError) as problem:
         raise ValueError(f"a value is not JSON: {problem}") from None
+
+
+def read_object(path: Path, error: type[ValueError], way_out: str) -> dict[str, Any]:
+    """The JSON object in a file of settings, as other libraries write them: Infinity, which they write, is a number.
+
+    Args:
+        error: what is raised, with one sentence, for a file that is missing, damaged or something else.
+        way_out: the end of that sentence.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise error(no_such_file(path)) from None
+    except OSError as problem:
+        raise error(f"{path} cannot be read ({problem.strerror}); {way_out}") from None
+    if found := what_it_is(content[:HEAD_BYTES]):
+        raise error(f"{path} is {found}")
+    try:
+        value = json.loads(content.decode())
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path} cannot be read as JSON ({problem}); {way_out}") from None
+    if not isinstance(value, dict):
+        raise error(f"{path} holds a {type(value).__name__}, expected an object; {way_out}")
+    return value

@@ -9,9 +9,12 @@ from llmga.check.picture_check import PICTURE_SUFFIXES
 from llmga.check.settings import CheckSettings
 from llmga.check.store import Store
 
-# Files of the folders that LLaVA's mixture names, as their owners publish them.
+# Files of the folders that LLaVA's mixture names, and of COCO's that pictures are measured against, as their owners
+# publish them.
 PUBLISHED_COUNTS = {
     "coco/train2017": 118_287,
+    "coco/train2014": 82_783,
+    "coco/val2014": 40_504,
     "gqa/images": 148_854,
     "ocr_vqa/images": 207_572,
     "textvqa/train_images": 25_119,

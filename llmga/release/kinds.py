@@ -1,8 +1,9 @@
 """What a folder holds that can be released, and what stands in the way of releasing it."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal
+
+from llmga.strict_json import read_object
 
 Kind = Literal["mllm", "adapter", "pipeline", "restorer"]
 
@@ -51,10 +52,4 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ReleaseError: the file is damaged or holds something else.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ReleaseError(f"{path} cannot be read as JSON ({error}); save the model again") from None
-    if not isinstance(content, dict):
-        raise ReleaseError(f"{path} holds a {type(content).__name__}, expected an object")
-    return content
+    return read_object(path, ReleaseError, "save the model again")

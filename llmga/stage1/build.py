@@ -27,7 +27,7 @@ from llmga.stage1.added_tokens import give_rows, num_token_ids
 from llmga.stage1.chat_template import set_chat_template
 from llmga.stage1.families import FAMILIES
 from llmga.stage1.model import Mllm
-from llmga.stage1.model_checks import ModelError, has_class_token, quiet_loading, read_settings, refuse_misfit
+from llmga.stage1.model_checks import ModelError, has_class_token, read_settings, reading_weights, refuse_misfit
 from llmga.stage1.pixels import PixelEncoder
 from llmga.stage1.projector import PROJECTOR_FILE
 from llmga.stage1.released_projector import find_projector, read_projector
@@ -205,7 +205,7 @@ def _llm_config(folder: Path) -> Any:
 
 
 def _load_llm(folder: Path, config: Any) -> Any:
-    with quiet_loading():
+    with reading_weights(folder):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -293,7 +293,7 @@ def _vision_config(folder: Path) -> Any:
 
 def _load_tower(folder: Path, dtype: torch.dtype) -> Any:
     config = _vision_config(folder)
-    with quiet_loading():
+    with reading_weights(folder):
         tower, info = AutoModel.from_pretrained(
             folder,
             config=config,

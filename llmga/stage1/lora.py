@@ -25,9 +25,11 @@ from llmga.files import atomic_write
 from llmga.provenance import read_provenance, write_provenance
 from llmga.runtime import on_main, whole, without_zero3
 from llmga.stage1 import config as settings
+from llmga.stage1.arithmetic import has_liger
 from llmga.stage1.conversation import Turn, encode_prompt
 from llmga.stage1.model import Mllm, ModelError, learn_in_float32, load_mllm, load_processor, read_config, save_mllm
-from llmga.stage1.model_checks import ADAPTER_CONFIG, is_adapter
+from llmga.stage1.model_checks import ADAPTER_CONFIG, is_adapter, reading_weights
+from llmga.strict_json import read_object
 from llmga.tokens import TAGS, GenerationTags
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -88,7 +90,8 @@ def save_adapter(
     """Write adapters, tag rows and projector, and prove it: loaded onto the base again, they equal those given.
 
     The right weights still answer otherwise where the folder's config scales or places them in another way. So model
-    and folder are also asked the same question, unless the base in memory is spread by ZeRO-3 or has four bits.
+    and folder are also asked the same question, unless the base in memory is spread by ZeRO-3 or has four bits, or
+    Liger's kernels, which a run puts into every model that it loads from then on, keep the CPU from answering.
 
     Args:
         state_dict: of `model`, gathered; it may hold the frozen weights too.
@@ -117,7 +120,8 @@ def save_adapter(
         _check_same(temporary, load_file(temporary / ADAPTER_WEIGHTS), given)
         again, reloaded = _load_unmerged(temporary, None, None, _frozen_dtype(model), None)
         _check_same(temporary, _adapter_weights(reloaded), given)
-        if not any(hasattr(p, "ds_id") or hasattr(p, "quant_state") for p in model.parameters()):
+        changed = any(hasattr(p, "ds_id") or hasattr(p, "quant_state") for p in model.parameters())
+        if not changed and not has_liger(again.model):
             _check_answers(temporary, again, mllm)
     return folder
 
@@ -234,7 +238,7 @@ def base_of(folder: Path, base: Path | None) -> Path:
 
     So the two are found when they were moved together, with the run folder or with all that a relative path names.
     """
-    named = Path(PeftConfig.from_pretrained(folder).base_model_name_or_path) if base is None else base
+    named = Path(_read_adapter_config(folder).base_model_name_or_path) if base is None else base
     places = [named] if base is not None else [folder / named, named, *(up / named for up in folder.resolve().parents)]
     for place in places:
         if (place / "config.json").is_file():
@@ -245,6 +249,12 @@ def base_of(folder: Path, base: Path | None) -> Path:
     )
 
 
+def _read_adapter_config(folder: Path) -> PeftConfig:
+    """What peft is told of an adapter."""
+    read_object(folder / ADAPTER_CONFIG, ModelError, "save or download the adapter again")
+    return PeftConfig.from_pretrained(folder)
+
+
 def _load_unmerged(
     folder: Path, tags: GenerationTags | None, attention: str | None, dtype: torch.dtype, base: Path | None
 ) -> tuple[Mllm, PeftModel]:
@@ -253,7 +263,9 @@ def _load_unmerged(
         raise ModelError(
             f"{folder}: no {ADAPTER_CONFIG} there; give an adapter, such as final/ of a run with model.lora"
         )
-    config, processor = PeftConfig.from_pretrained(folder), load_processor(folder)
+    config, processor = _read_adapter_config(folder), load_processor(folder)
+    with reading_weights(folder):
+        weights = load_file(folder / ADAPTER_WEIGHTS)
     facts = read_provenance(folder)
     base = base_of(folder, base)
     mllm = load_mllm(base, tags or TAGS.get(facts.get("generation_tags", "")), attention, dtype)
@@ -263,7 +275,7 @@ def _load_unmerged(
     config.inference_mode = True
     try:
         model = PeftModel(mllm.model, config)
-        result = set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
+        result = set_peft_model_state_dict(model, weights)
     except (RuntimeError, ValueError, IndexError) as error:
         reason = str(error).strip().split("\n")[-1].strip()
         raise ModelError(

@@ -36,8 +36,8 @@ from llmga.stage1.model_checks import (
     check_placeholder,
     explaining_attention,
     is_adapter,
-    quiet_loading,
     read_settings,
+    reading_weights,
     refuse_misfit,
 )
 from llmga.stage1.pixels import num_image_tokens
@@ -120,7 +120,8 @@ def load_mllm(
         dtype: of every weight; training keeps float32 and lets autocast or DeepSpeed lower it.
         quantize: the LLM's linear layers in 4 bits, to be trained through adapters only.
     Raises:
-        ModelError: not a LLaVA folder, weights that do not fit the config, or a placeholder that is no token.
+        ModelError: not a LLaVA folder, weights that cannot be read or do not fit the config, attention that the model
+            or this machine lacks, or a placeholder that is no token.
     """
     path = Path(path)
     if is_adapter(path):
@@ -128,7 +129,7 @@ def load_mllm(
 
         return load_adapter(path, tags, attention, dtype)
     config = read_config(path)
-    with quiet_loading(), explaining_attention(path, attention):
+    with reading_weights(path), explaining_attention(path, attention):
         model, info = LlavaForConditionalGeneration.from_pretrained(
             path,
             config=config,

@@ -2,12 +2,16 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging as transformers_logging
+
+from llmga.files import HEAD_BYTES, what_it_is
+from llmga.strict_json import read_object
 
 if TYPE_CHECKING:
     from llmga.stage1.model import Mllm
@@ -26,14 +30,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: it is no JSON, or no JSON object.
     """
-    file = folder / "config.json"
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{file} cannot be read as JSON ({error}); save or download the model again") from None
-    if not isinstance(settings, dict):
-        raise ModelError(f"{file} holds a {type(settings).__name__}, expected an object with a model's settings")
-    return settings
+    return read_object(folder / "config.json", ModelError, "save or download the model again")
 
 
 def refuse_misfit(path: Path, config: Any, info: Mapping[str, Any], may_be_left_over: bool = False) -> None:
@@ -67,21 +64,43 @@ def refuse_misfit(path: Path, config: Any, info: Mapping[str, Any], may_be_left_
 
 
 @contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Without transformers' table of keys: `refuse_misfit` says in one sentence what is wrong, if anything is."""
+def reading_weights(folder: Path) -> Iterator[None]:
+    """Let a library load weights: without its table of keys, which is `refuse_misfit`'s to tell, and in one sentence
+    where they are missing, cut short or still to be fetched, which each library says in its own way.
+
+    Raises:
+        ModelError: they cannot be read.
+    """
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
         yield
+    except (OSError, SafetensorError) as error:
+        reason = _stand_in(folder) or str(error).strip().split("\n")[0].rstrip(".")
+        raise ModelError(f"{folder}: the weights cannot be read ({reason}); copy or download them again") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
 
 
+def _stand_in(folder: Path) -> str | None:
+    """A file that stands where weights should, such as a Git LFS pointer; None if there is none."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with suppress(OSError), path.open("rb") as file:
+            if found := what_it_is(file.read(HEAD_BYTES)):
+                return f"{path.name} is {found}"
+    return None
+
+
 @contextmanager
 def explaining_attention(path: Path, attention: str | None) -> Iterator[None]:
-    """Some LLMs (Gemma 2) know no attention but the plain one; transformers says so at length."""
+    """Attention that a machine or a model lacks (Gemma 2 knows the plain one alone); transformers says so at length."""
     try:
         yield
+    except ImportError as error:
+        if attention is None or not attention.startswith("flash"):
+            raise
+        reason = str(error).rpartition("error: ")[2].split(". ")[0].rstrip(".")
+        raise ModelError(f"{attention} cannot be used here ({reason}); set model.attention to sdpa") from error
     except ValueError as error:
         if attention is None or "attention implementation" not in str(error):
             raise

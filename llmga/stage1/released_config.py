@@ -1,6 +1,5 @@
 """config.json of released checkpoints <-> `LlavaConfig`, and the vision tower that it names."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from llmga.stage1.families import FAMILIES, Family, families_of
 from llmga.stage1.released_weights import ConvertError
+from llmga.strict_json import read_object
 
 # What a released config.json says beside the LLM: the reader below takes what matters, the rest is about training.
 _NOT_OF_THE_LLM = ("mm_", "tune_", "freeze_", "unfreeze_", "pretrain_", "tokenizer_", "use_mm_", "image_", "vision_")
@@ -44,14 +44,12 @@ class Tower:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or one clear sentence."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ConvertError(f"{path} cannot be read as JSON ({error}); download it again") from None
-    if not isinstance(value, dict):
-        raise ConvertError(f"{path} holds a {type(value).__name__}, expected an object with a model's settings")
-    return value
+    """The object in a JSON file.
+
+    Raises:
+        ConvertError: the file is missing, damaged or holds something else.
+    """
+    return read_object(path, ConvertError, "download it again")
 
 
 def candidate_families(source: Mapping[str, Any], path: Path) -> list[Family]:

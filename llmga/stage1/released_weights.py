@@ -24,6 +24,7 @@ from torch import Tensor
 
 from llmga.files import HEAD_BYTES, what_it_is
 from llmga.stage1.model import standard_name
+from llmga.strict_json import read_object
 
 SHARD_BYTES = 2_000_000_000
 _SAFETENSORS = "model.safetensors"
@@ -178,10 +179,9 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     for index_name, single in _INDEXED:
         index = folder / index_name
         if index.is_file():
-            try:
-                listed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConvertError(f"{index} is no index of shards ({error!r}); download it again") from None
+            listed = read_object(index, ConvertError, "download it again").get("weight_map")
+            if not isinstance(listed, dict):
+                raise ConvertError(f"{index} is no index of shards, for it has no weight_map; download it again")
             files = [folder / name for name in sorted(set(listed.values()))]
             outside = next((file for file in files if file.parent != folder), None)
             if outside is not None:

@@ -418,22 +418,6 @@ def test_unreadable_pictures_stop_the_run_past_the_share(settings: Path, elsewhe
         train_here(settings, f"run.output_dir={tmp_path / 'strict'}", source, "run.max_steps=12")
 
 
-def test_kernels_that_are_not_there_and_attention_that_cannot_pack_are_named(
-    settings: Path,
-) -> None:
-    from llmga.config import ConfigError
-    from llmga.stage1.arithmetic import set_arithmetic
-
-    with pytest.raises(ConfigError, match=r"model\.liger.*liger-kernel, which is not installed; pip install"):
-        load_config(Stage1Config, settings, ["model.liger=true"])
-    with pytest.raises(ConfigError, match="eager attention cannot keep packed conversations apart; use sdpa"):
-        load_config(Stage1Config, settings, ["data.packing=true", "model.attention=eager"])
-    if not torch.cuda.is_available():
-        cfg = load_config(Stage1Config, settings, ["model.liger=true"], check_machine=False)
-        with pytest.raises(ValueError, match=r"model\.liger needs a CUDA device and none is visible"):
-            set_arithmetic(None, cfg)
-
-
 def test_a_row_that_cannot_be_trained_on_is_named_in_one_sentence(settings: Path, elsewhere: str) -> None:
     overrides = (elsewhere, "run.num_workers=1", "data.max_length=8", "data.too_long=error")
     started = start(settings, *overrides)

@@ -493,9 +493,10 @@ def test_weights_that_are_refused(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": "../a.safetensors"}}))
     with pytest.raises(ConvertError, match=r"which lies elsewhere; shards stand beside their index"):
         convert_checkpoint(source, out)
-    index.write_text("[]")
-    with pytest.raises(ConvertError, match=r"is no index of shards"):
-        convert_checkpoint(source, out)
+    for content, message in (("[]", "holds a list, expected an object"), ("{}", "is no index of shards")):
+        index.write_text(content)
+        with pytest.raises(ConvertError, match=message):
+            convert_checkpoint(source, out)
     save_file(weights, source / "a.safetensors")
     index.write_text(json.dumps({"weight_map": dict.fromkeys([*weights, "lost"], "a.safetensors")}))
     with pytest.raises(ConvertError, match=r"lacks 1 tensors that the index puts there, first lost"):

@@ -398,6 +398,14 @@ def test_parts_that_are_something_else(parts: Path, copy: Callable[[str], Path],
     refused(parts, r"cannot read it without code from outside .*choose a model that transformers itself", llm)
 
 
+def test_weights_of_parts_that_cannot_be_read(parts: Path, copy: Callable[[str], Path]) -> None:
+    llm, tower = copy("gemma"), copy("clip")
+    (llm / "model.safetensors").write_bytes((llm / "model.safetensors").read_bytes()[:-9])
+    refused(parts, r"gemma: the weights cannot be read \(.*\); copy or download them again", llm)
+    (tower / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    refused(parts, r"clip: the weights cannot be read \(model.safetensors is a Git LFS pointer", tower=tower)
+
+
 def test_files_that_a_part_lacks(parts: Path, copy: Callable[[str], Path]) -> None:
     tower, llm = copy("siglip"), copy("gemma")
     (tower / "preprocessor_config.json").unlink()

@@ -14,7 +14,9 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import LlavaForConditionalGeneration
+from transformers.models.qwen2 import modeling_qwen2
 from typer.testing import CliRunner
 
 from llmga.cli import app
@@ -211,6 +213,35 @@ def test_weights_missing_from_an_adapter(saved: Callable[[str], Path]) -> None:
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"does not fit .*1 weights missing, 1 unknown, first .*lora_A"):
         load_mllm(folder)
+
+
+def test_an_adapter_that_is_damaged(saved: Callable[[str], Path]) -> None:
+    folder = saved("gemma")
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-9])
+    with pytest.raises(ModelError, match=r"adapter: the weights cannot be read \(.*\); copy or download them again"):
+        load_mllm(folder)
+    weights.write_bytes(whole)
+    config.write_text(config.read_text()[:-9])
+    with pytest.raises(
+        ModelError, match=r"adapter_config.json cannot be read as JSON .*; save or download the adapter"
+    ):
+        load_mllm(folder)
+
+
+def test_an_adapter_trained_with_kernels_for_gpus_is_not_asked_by_the_cpu(bases: Path, tmp_path: Path) -> None:
+    """Liger exchanges the library's classes, so a model loaded to be compared would compute with its kernels too."""
+
+    def on_gpus_alone(self: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
+
+    mllm, model = adapted(bases / "qwen2")
+    kernels = type("LigerRMSNorm", (modeling_qwen2.Qwen2RMSNorm,), {"forward": on_gpus_alone})
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(modeling_qwen2, "Qwen2RMSNorm", kernels)
+        folder = save_adapter(mllm, model, model.state_dict(), tmp_path / "adapter", {})
+    assert load_mllm(folder).tags_are_tokens
 
 
 def test_the_command_merges_and_tells_what_is_wrong(saved: Callable[[str], Path], tmp_path: Path) -> None:

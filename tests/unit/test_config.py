@@ -345,6 +345,10 @@ def test_a_sound_stage1_config(stage1_files: list[str]) -> None:
     ("overrides", "complaint"),
     [
         (["model.attention=flash_attention_2", "run.precision=fp32"], "model.attention .*, run.precision .*bf16 only"),
+        (
+            ["data.packing=true", "model.attention=eager"],
+            "data.packing .*, model.attention .*: eager attention cannot keep packed conversations apart; use sdpa",
+        ),
         (["data.language=eng"], "data.language .*: found eng, expected a language of .*yaml: en; did you mean 'en'"),
         (["model.path=/no/where"], "model.path .*: /no/where is no such folder, expected a LLaVA model"),
         (["model.path=."], "model.path .*: . is a folder without config.json"),

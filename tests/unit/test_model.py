@@ -1,7 +1,8 @@
 """Hazards: a silently random head, torchvision pixels, odd ZeRO-3 names, and folders only we can load."""
 
+import importlib.util
 import json
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -300,9 +301,34 @@ def test_number_of_picture_tokens_is_what_the_model_makes_of_a_picture() -> None
     assert mllm.num_image_tokens == features[0].shape[0] == 4
 
 
-def test_loading_keeps_nothing_of_a_half_copied_folder(saved: Path, tmp_path: Path) -> None:
-    partial = tmp_path / "partial"
-    shutil.copytree(saved, partial)
-    (partial / "model.safetensors").unlink()
-    with pytest.raises(OSError, match=r"model\.safetensors"):
-        load_mllm(partial)
+@pytest.mark.parametrize(
+    ("kept", "reason"),
+    [
+        (lambda content: None, r"no file named model\.safetensors"),
+        (lambda content: content[:-100], r"not fully covered|incomplete"),
+        (lambda content: b"version https://git-lfs.github.com/spec/v1\n", r"model\.safetensors is a Git LFS pointer"),
+        (lambda content: b"<!DOCTYPE html>", r"model\.safetensors is a web page"),
+    ],
+    ids=["missing", "cut short", "pointer", "page"],
+)
+def test_weights_that_cannot_be_read_are_one_sentence(
+    saved: Path, kept: Callable[[bytes], bytes | None], reason: str
+) -> None:
+    file = saved / "model.safetensors"
+    content = kept(file.read_bytes())
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(
+        ModelError, match=rf"the weights cannot be read \(.*({reason}).*\); copy or download them again$"
+    ):
+        load_mllm(saved)
+
+
+def test_flash_attention_that_is_not_here_is_one_sentence(saved: Path) -> None:
+    if importlib.util.find_spec("flash_attn") and torch.cuda.is_available():
+        pytest.skip("flash attention is here")
+    with pytest.raises(
+        ModelError, match=r"^flash_attention_2 cannot be used here \(.*\); set model.attention to sdpa$"
+    ):
+        load_mllm(saved, attention="flash_attention_2")

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     CLIPVisionConfig,
     GemmaConfig,
@@ -23,7 +24,10 @@ from transformers import (
     Phi3Config,
     Qwen2Config,
 )
+from transformers import modeling_flash_attention_utils as flash
+from transformers.models.llama import modeling_llama
 
+from llmga.stage1.arithmetic import use_liger
 from llmga.stage1.cross_entropy import use_chunked_cross_entropy
 from llmga.stage1.data import Collator
 from llmga.stage1.packed_attention import PackingError, use_packed_sdpa
@@ -118,6 +122,63 @@ def test_a_padded_batch_passes_the_packing_attention_unchanged(family):
         for inputs, logits in zip((batch, left, alone), expected, strict=True):
             torch.testing.assert_close(model(**inputs).logits, logits, rtol=0, atol=1e-5)
         assert torch.equal(model.generate(**left, max_new_tokens=12, do_sample=False), reply)
+
+
+def plain_flash_attention(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size=(-1, -1)
+):
+    """What flash-attn's `flash_attn_varlen_func` promises of queries (T, H, D), computed without its kernel."""
+    assert torch.equal(cu_seqlens_q, cu_seqlens_k) and cu_seqlens_q.dtype == torch.int32
+    assert max_seqlen_q == max_seqlen_k == cu_seqlens_q.diff().max() and causal
+    window, _ = window_size
+    segments = []
+    for begin, end in pairwise(cu_seqlens_q.tolist()):
+        places = torch.arange(end - begin)
+        back = places[:, None] - places[None, :]
+        seen = (back >= 0) & ((back <= window) | (window < 0))
+        part = [tensor[begin:end].transpose(0, 1) for tensor in (q, k, v)]
+        segments.append(scaled_dot_product_attention(*part, seen, scale=softmax_scale, enable_gqa=True))
+    return torch.cat(segments, dim=1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flash_attention_is_told_where_conversations_begin(family, monkeypatch):
+    """All but the kernel is transformers' own; a fault in what it is told would show on a GPU alone."""
+
+    functions = None, plain_flash_attention, None, flash._pad_input, flash._unpad_input
+    monkeypatch.setattr(flash, "_lazy_imports", lambda *args, **kwargs: functions)
+    monkeypatch.setattr(flash, "_loaded_implementation", None)
+    model = model_of(family)
+    loss, gradients = loss_and_gradients(model, PADDED(MIXED))
+    model.model.language_model.config._attn_implementation = "flash_attention_2"
+    for batch in (PACKING(MIXED), PADDED(MIXED)):
+        flash_loss, flash_gradients = loss_and_gradients(model, batch)
+        torch.testing.assert_close(flash_loss, loss, rtol=0, atol=1e-6)
+        for name in gradients:
+            torch.testing.assert_close(flash_gradients[name], gradients[name], rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("package", ["flash_attn", "liger_kernel"])
+def test_kernels_of_other_packages_agree(package, monkeypatch):
+    pytest.importorskip(package)
+    model = model_of("llama").cuda().bfloat16()
+    batch = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in PACKING(MIXED).items()}
+    batch["pixel_values"] = batch["pixel_values"].bfloat16()
+    use_packed_sdpa(model.model.language_model)
+    loss, gradients = loss_and_gradients(model, batch)
+    if package == "flash_attn":
+        model.model.language_model.set_attn_implementation("flash_attention_2")
+    else:
+        for name in ("LlamaRMSNorm", "LlamaMLP", "apply_rotary_pos_emb"):  # exchanged for all models: put back later
+            monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
+        use_liger(model.model.language_model)
+    kernel_loss, kernel_gradients = loss_and_gradients(model, batch)
+    torch.testing.assert_close(kernel_loss, loss, rtol=1e-2, atol=0)
+    for name in gradients:
+        if "language_model" in name:
+            atol = 0.05 * float(gradients[name].abs().max())  # bf16, summed in another order
+            torch.testing.assert_close(kernel_gradients[name], gradients[name], rtol=0, atol=atol, msg=name)
 
 
 def test_texts_alone_get_a_picture_segment_that_changes_nothing():
