@@ -13,7 +13,7 @@ import numpy as np
 
 from llmga.toyworld.edits import NOTHING, Edit, all_facts
 from llmga.toyworld.grammar import ParsedCaption, parse_caption, says
-from llmga.toyworld.scene import Facts, Scene
+from llmga.toyworld.scene import THEMES, Facts, Scene
 from llmga.toyworld.visibility import is_visible
 
 
@@ -54,7 +54,8 @@ def score_refinement(prompt: str, brief: str, grid: int) -> PromptScore:
     """Score a prompt that should keep what a brief caption asks for and add the rest.
 
     Scores: `valid`, `constraints` (background, count, and an object with the named colour and shape), `kept` (all of
-    them).
+    them), `themed` (of the colours and textures that the brief leaves open, those usual in one theme of its background,
+    the one that fits best).
     """
     parsed, asked, score = parse_caption(prompt, grid), parse_caption(brief, grid), PromptScore()
     score.add("valid", _is_valid(parsed))
@@ -65,6 +66,29 @@ def score_refinement(prompt: str, brief: str, grid: int) -> PromptScore:
         kept.append(any(mention.items() <= said.items() for said in parsed.objects.values()))
     score.add("constraints", sum(kept), len(kept))
     score.add("kept", all(kept))
+    imagined = _imagined(parsed, asked)
+    themes = [theme for theme in THEMES if theme.background == asked.background]
+    usual = [sum(value in (*theme.palette, *theme.textures) for value in imagined) for theme in themes]
+    score.add("themed", max(usual, default=0), len(imagined))
+    return score
+
+
+def score_short_description(text: str, scene: Scene) -> PromptScore:
+    """Score a brief caption or one in note form, which leaves facts out; the more it says, the more can be false.
+
+    Scores: `valid`, `facts_said` (their number), `true_facts` (of those said), `all_true` (valid, and every fact is
+    true, of one at least).
+    """
+    parsed, score, facts = parse_caption(text, scene.geometry.grid, partial=True), PromptScore(), scene.facts()
+    true = [facts.get(place) == value for place, value in parsed.facts().items()]
+    if parsed.count is not None:
+        true.append(parsed.count == len(scene.objects))
+    for mention in parsed.mentions:
+        true.append(any(mention.items() <= obj.attributes().items() for obj in scene.objects))
+    score.add("valid", parsed.valid)
+    score.add("facts_said", len(true))
+    score.add("true_facts", sum(true), len(true))
+    score.add("all_true", parsed.valid and bool(true) and all(true))
     return score
 
 
@@ -93,6 +117,16 @@ def _said(parsed: ParsedCaption, grid: int) -> Facts:
     """The facts of a prompt, the emptiness of the other cells among them if it describes any shape."""
     empty: Facts = {("shape", cell): NOTHING for cell in range(grid**2) if cell not in parsed.objects}
     return parsed.facts() | empty if parsed.objects else parsed.facts()
+
+
+def _imagined(parsed: ParsedCaption, asked: ParsedCaption) -> list[str]:
+    """The colours and textures of a prompt that its brief caption did not ask for."""
+    objects = [dict(attributes) for attributes in parsed.objects.values()]
+    for mention in asked.mentions:
+        meant = [attributes for attributes in objects if mention.items() <= attributes.items()]
+        for attributes in meant[:1]:
+            attributes.pop("colour", None)
+    return [attributes[kind] for attributes in objects for kind in ("colour", "texture") if kind in attributes]
 
 
 def _score_facts(score: PromptScore, parsed: ParsedCaption, facts: Facts) -> None:

@@ -4,23 +4,19 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from eval.language import (
-    DETAIL_ROWS,
-    TASKS,
-    Item,
-    build_items,
-    choose_records,
-    compare,
-    score_item,
-    summarise,
-    table,
-    table_rows,
-)
-from eval.language_page import mark_facts
+from language import main
+from language_items import TASKS, EvalError, Item, build_items, choose_records
+from language_page import mark_facts
+from language_scores import COUNTS, compare, score_item, summarise
+from language_tables import detail_rows, table, table_rows
+from llmga.checkpoint import sha256
+from llmga.cli import SHIPPED_MODELS
+from llmga.records import Record, write_manifest
 from llmga.stage1.tasks import TaskSettings
 from llmga.toyworld.build import build_world
 from tests.forks import warm_python
@@ -47,6 +43,10 @@ def test_expected_replies_get_full_marks(world: Path, phrasing: str) -> None:
     for (task, name), value in found.items():
         if name == "clip_tokens":
             assert 100 <= value <= 200, task
+        elif name.partition(":")[0] in COUNTS:
+            assert 2 <= value <= 15, task
+        elif name == "themed":
+            assert 0.7 <= value < 1  # as usual as scenes are
         elif name != "tags_where_none_belong":
             assert value == 1, (task, name)
     assert "| editing: joint success | 100.0 %" in table(summarise(rows))
@@ -83,9 +83,57 @@ def test_every_kind_of_edit_and_question_is_measured_by_itself(world: Path) -> N
     assert asked["exact_match:count"]["value"] == 0
     questions = Counter(kind for record in records if record.task == "vqa" for kind in record.meta["questions"])
     assert {name.partition(":")[2] for name in asked} == set(questions)
-    shown = table_rows(metrics, DETAIL_ROWS)
-    assert len(shown) == len(joint) + len(asked)
+    words = [row[0] for row in table_rows(metrics, detail_rows(metrics))]
+    assert len(words) == len(joint) + len(asked) + 1 + 5  # validity of edits, and their five kinds of attributes
+    assert "editing, recolour: joint success" in words and "editing: valid prompt" in words
+    assert "editing, colour: right (chance 12 %)" in words
     assert "recolour" not in table(metrics)
+
+
+def test_an_answer_that_never_changes_is_at_chance(world: Path) -> None:
+    records = choose_records(world / "test.jsonl", {"vqa": 60})
+    items = list(build_items(records, world, TaskSettings(picture_size=64), seed=0))
+    metrics = {m["name"]: m for m in summarise([score_item("tuned", item, "No.") for item in items])}
+    yes_no = metrics["exact_match:is_background"]
+    assert yes_no["chance"] in (yes_no["value"], 1 - yes_no["value"]) and yes_no["chance"] >= 0.5
+    assert metrics["exact_match:colour"]["value"] == 0 and metrics["exact_match:colour"]["beyond_chance"] < 0
+    assert "chance" not in metrics["exact_match"]
+
+
+def test_scenes_are_described_briefly_and_in_note_form(world: Path) -> None:
+    records = choose_records(world / "test.jsonl", {"short_description": 20})
+    items = list(build_items(records, world, TaskSettings(picture_size=64), seed=0))
+    assert Counter(item.detail for item in items) == {"brief": 20, "medium": 20}
+    assert all(item.example.picture is not None for item in items)
+    others = items[4:] + items[:4]
+    rows = [score_item("tuned", item, item.expected) for item in items]
+    rows += [score_item("base", item, other.expected) for item, other in zip(items, others, strict=True)]
+    found = {(m["system"], m["name"]): m["value"] for m in summarise(rows)}
+    for part in ("brief", "medium"):
+        assert found["tuned", f"valid:{part}"] == found["tuned", f"all_true:{part}"] == 1
+        assert found["base", f"valid:{part}"] == 1 and found["base", f"all_true:{part}"] < 0.2
+        assert found["base", f"true_facts:{part}"] < 0.6
+    assert f"| described briefly: valid, and every fact true | {100:.1f} %" in table(summarise(rows))
+
+
+def test_a_record_that_no_reply_could_be_scored_by_is_named_before_any_is_asked(world: Path, tmp_path: Path) -> None:
+    [similar, editing] = choose_records(world / "test.jsonl", {"similar_image": 1, "editing": 1})
+
+    def refused(record: Record, meta: dict) -> str:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        write_manifest(path, [replace(record, id="theirs", meta=meta)])
+        with pytest.raises(EvalError) as caught:
+            choose_records(path, {record.task: 1})
+        assert str(path) in str(caught.value) and "build_world.py" in str(caught.value)
+        return str(caught.value)
+
+    no_kind = {key: value for key, value in editing.meta["edit"].items() if key != "kind"}
+    assert "record 'theirs', task similar_image: meta.scene is missing" in refused(similar, {})
+    assert "meta.edit is missing" in refused(editing, {"scene": editing.meta["scene"]})
+    assert "meta.edit cannot be read (KeyError: 'kind')" in refused(editing, {**editing.meta, "edit": no_kind})
+    assert "meta.scene cannot be read (KeyError: 'huge')" in refused(
+        similar, {"scene": {**similar.meta["scene"], "preset": "huge"}}
+    )
 
 
 def test_swapped_replies_do_not(world: Path) -> None:
@@ -107,10 +155,11 @@ def test_difference_is_paired_by_question(world: Path) -> None:
     )
     rows = [score_item("tuned", item, item.expected) for item in items]
     rows += [score_item("base", item, item.expected if index % 4 else "no idea") for index, item in enumerate(items)]
-    [comparison] = compare(rows)
+    comparison, *by_kind = compare(rows)
     wrong = -(-len(items) // 4)
     assert comparison["difference"] == pytest.approx(wrong / len(items))
-    assert comparison["questions"] == len(items)
+    assert comparison["questions"] == len(items) == sum(kind["questions"] for kind in by_kind)
+    assert {kind["name"] for kind in by_kind} == {f"exact_match:{item.detail}" for item in items}
     assert 0 < comparison["ci_low"] < comparison["difference"] < comparison["ci_high"] < 0.5
     assert compare([row for row in rows if row["system"] == "tuned"]) == []
 
@@ -124,7 +173,12 @@ def test_command_writes_result_items_and_page(world: Path, tmp_path: Path) -> No
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
     assert "well-formed tags on generation requests" in done.stdout
     result = json.loads((out / "result.json").read_text())
-    assert result["protocol"]["records"] == 2 * len(TASKS)
+    assert result["protocol"]["records"] == 2 * (len(TASKS) + 1)  # both short descriptions of a scene
+    assert result["protocol"]["data_sha256"] == sha256(world / "test.jsonl")
+    hashes = {path.name: sha256(path) for path in model.glob("*.safetensors")}
+    assert hashes and result["weights"] == {"tuned": hashes, "base": hashes}
+    methods = {m["ci_method"] for m in result["metrics"] if m["name"] == "tags_well_formed"}
+    assert methods == {"Wilson score"}
     assert result["protocol"]["picture_size"] == 32
     rows = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
     assert {row["system"] for row in rows} == {"tuned", "base"}
@@ -132,8 +186,24 @@ def test_command_writes_result_items_and_page(world: Path, tmp_path: Path) -> No
     assert all(pair == [0, 1] for pair in pairs)  # a random model writes no tags
     page = (out / "index.html").read_text()
     assert page.count("data:image/png") > 5
-    assert "By kind of edit and of question" in page and ": joint success</td>" in page
+    assert "By kind and attribute" in page and ": joint success</td>" in page
     assert 'src="http' not in page
+
+
+def test_the_shipped_tuned_model_does_what_it_is_shipped_for(world: Path, tmp_path: Path) -> None:
+    model = SHIPPED_MODELS / "tuned/mllm"
+    arguments = ["--model", model, "--no-base", "--data", world / "test.jsonl", "--out", tmp_path / "out"]
+    assert main([str(part) for part in [*arguments, "--rows", 8, "--vqa-rows", 8, "--tasks", *TASKS]]) == 0
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    found = {(m["task"], m["kind"], m["name"]): m["value"] for m in result["metrics"]}
+    assert found["all", "generation", "tags_well_formed"] == 1
+    assert found["all", "other", "tags_where_none_belong"] == 0
+    assert found["similar_image", "generation", "attributes"] >= 0.9
+    assert found["inpainting", "generation", "attributes"] >= 0.9
+    assert found["prompt_refinement", "generation", "past_clip_window"] == 1
+    assert found["prompt_refinement", "generation", "constraints"] >= 0.9
+    assert found["editing", "generation", "joint"] >= 0.6
+    assert found["vqa", "chat", "exact_match"] >= 0.6
 
 
 def test_missing_manifest_names_the_way_out(tmp_path: Path) -> None:

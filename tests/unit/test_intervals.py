@@ -81,6 +81,13 @@ def test_a_rate_of_one_or_zero_keeps_a_width() -> None:
     assert "Wilson" in none_right.method
 
 
+def test_a_mean_of_zero_is_no_rate() -> None:
+    no_tokens = bootstrap_ratio(np.zeros(50), np.ones(50), rate=False)
+    assert (no_tokens.low, no_tokens.high) == (0, 0) and "Wilson" not in no_tokens.method
+    one_each = bootstrap_ratio([2, 0, 2, 0], [1, 1, 1, 1], clusters=["a", "a", "b", "b"])
+    assert (one_each.value, one_each.low) == (1, 1) and "Wilson" not in one_each.method
+
+
 @pytest.mark.parametrize(
     ("successes", "n", "low", "high"),
     [(10, 20, 0.29930, 0.70070), (1, 10, 0.01788, 0.40415), (95, 100, 0.88825, 0.97846), (0, 10, 0.0, 0.27753)],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.language import show_comparison, table
+from language_tables import show_comparisons, table
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,9 +25,20 @@ def test_the_table_of_what_was_learned_is_that_of_the_result_file(result: dict) 
 
 def test_comparisons_and_machine_are_those_of_the_result_file(result: dict) -> None:
     said = " ".join(README.split())
-    for comparison in result["comparisons"]:
-        assert show_comparison(comparison) in said
+    assert all(sentence in said for sentence in show_comparisons(result["comparisons"]))
     assert result["machine"].partition(",")[0] in said
+
+
+def test_questions_named_as_at_chance_are_those_where_neither_model_is_surely_above_it(result: dict) -> None:
+    rows = [m for m in result["metrics"] if m["task"] == "vqa" and "chance" in m]
+    above = {m["name"].partition(":")[2] for m in rows if m["ci_low"] > m["chance"]}
+    at_chance = [m for m in rows if m["name"].partition(":")[2] not in above]
+    [named] = re.findall(
+        r"Base and tuned alike are at chance on (.*?): between (\d+) and (\d+) %", " ".join(README.split())
+    )
+    assert set(re.findall(r"`(\w+)`", named[0])) == {m["name"].partition(":")[2] for m in at_chance}
+    values = [100 * m["value"] for m in at_chance]
+    assert (int(named[1]), int(named[2])) == (round(min(values)), round(max(values)))
 
 
 def test_every_link_leads_to_a_file() -> None:

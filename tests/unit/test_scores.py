@@ -7,7 +7,7 @@ from llmga.toyworld import describe, sample_scene
 from llmga.toyworld.edits import KINDS, feasible_kinds, sample_edit
 from llmga.toyworld.grammar import parse_caption
 from llmga.toyworld.scene import Scene
-from llmga.toyworld.scores import score_description, score_edit, score_refinement
+from llmga.toyworld.scores import score_description, score_edit, score_refinement, score_short_description
 from llmga.toyworld.visibility import visible_share
 
 
@@ -109,6 +109,47 @@ def test_refinement_keeps_constraints_and_may_imagine_the_rest() -> None:
     pairs = score_refinement(caption(other), brief, 2).pairs
     assert pairs["kept"] == (0, 1)
     assert rate(pairs["constraints"]) < 1
+
+
+def test_imagined_details_are_those_of_a_theme_more_often_where_they_follow_the_prior() -> None:
+    scenes = [sample_scene(seed) for seed in range(300)]
+
+    def themed(shown: list[Scene]) -> float:  # what the brief leaves open, imagined as in `shown`
+        briefs = [caption(scene, "brief") for scene in scenes]
+        pairs = [
+            score_refinement(caption(own), brief, 2).pairs["themed"] for own, brief in zip(shown, briefs, strict=True)
+        ]
+        return sum(right for right, _ in pairs) / sum(total for _, total in pairs)
+
+    assert 0.8 < themed(scenes) < 0.95
+    assert themed(scenes[1:] + scenes[:1]) < themed(scenes) - 0.15
+
+
+def test_what_the_brief_asks_for_is_not_imagined() -> None:
+    brief = "Two shapes over navy, including a pink circle."
+    prompt = "On navy. Top left small dotted pink circle. Top right large plain blue circle."
+    assert score_refinement(prompt, brief, 2).pairs["themed"] == (3, 3)  # night sky; pink is asked for
+    other = prompt.replace("plain blue", "checkered green")
+    assert score_refinement(other, brief, 2).pairs["themed"] == (1, 3)
+    assert score_refinement("", brief, 2).pairs["themed"] == (0, 0)
+
+
+@pytest.mark.parametrize("style", ["brief", "medium"])
+def test_short_descriptions_may_leave_out_and_say_nothing_false(style: str) -> None:
+    scenes = [sample_scene(seed) for seed in range(100)]
+    for scene, other in zip(scenes, scenes[1:] + scenes[:1], strict=True):
+        own = score_short_description(caption(scene, style), scene).pairs
+        assert own["valid"] == own["all_true"] == (1, 1) and own["true_facts"] == own["facts_said"][:1] * 2
+        wrong = score_short_description(caption(other, style), scene).pairs
+        assert wrong["valid"] == (1, 1) and wrong["all_true"][0] == (wrong["true_facts"][0] == wrong["true_facts"][1])
+
+
+@pytest.mark.parametrize("text", ["", "Shapes.", "On navy", "On navy. On navy.", "Two shapes. Three shapes."])
+def test_no_facts_or_broken_ones_are_no_description(text: str) -> None:
+    scene = next(s for s in map(sample_scene, range(100)) if s.background == "navy" and len(s.objects) == 2)
+    assert score_short_description(text, scene).pairs["all_true"] == (0, 1)
+    assert score_short_description("Two shapes.", scene).pairs["all_true"] == (1, 1)
+    assert score_short_description("Three shapes.", scene).pairs["true_facts"] == (0, 1)
 
 
 @pytest.mark.parametrize("text", ["", "A nice picture.", "Large large large red. Blue", "<gen_img>"])
