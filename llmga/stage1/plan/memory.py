@@ -55,9 +55,9 @@ class MemoryModel:
     def __init__(self, cfg: Stage1Config, architecture: Architecture, devices: int = 1) -> None:
         self.cfg, self.architecture = cfg, architecture
         self.engine = Engine.of(cfg, devices)
-        model = self._build()
-        self.counts: dict[str, Counts] = count_by_part(model)
-        by_muon = split_parameters(model, is_in_llm_block)[0] if cfg.optim.matrix_lr is not None else []
+        self._model = self._build()
+        self.counts: dict[str, Counts] = count_by_part(self._model)
+        by_muon = split_parameters(self._model, is_in_llm_block)[0] if cfg.optim.matrix_lr is not None else []
         self.matrices = sum(matrix.numel() for matrix in by_muon)
 
     @property
@@ -72,31 +72,30 @@ class MemoryModel:
 
     def at(self, batch: BatchShape) -> DeviceMemory:
         """Rehearse one step with a batch."""
-        model = self._build()
-        states = self._states(model)
-        step = rehearse_step(model, batch, self._how())
-        step[ACTIVATIONS] += self._unpacked_weight(model)
+        states = self._states()
+        step = rehearse_step(self._model, batch, self._how())
+        step[ACTIVATIONS] += self._unpacked_weight()
         backward = {part: states.parts.get(part, 0) + step.get(part, 0) for part in MEMORY_PARTS}
         stepping = {part: states.parts.get(part, 0) for part in MEMORY_PARTS}
         stepping[GRADIENTS] += states.step_extra
         if self.engine.stage is None:
             stepping[GRADIENTS] += 4 * self.trained
         if self.matrices:
-            stepping[OPTIMIZER] += rehearse_muon(model)
+            stepping[OPTIMIZER] += rehearse_muon(self._model)
         parts, moment = max(
             (backward, "backward pass"), (stepping, "optimizer step"), key=lambda one: sum(one[0].values())
         )
         return DeviceMemory(batch, parts, moment, states.host)
 
-    def _states(self, model: Any) -> States:
+    def _states(self) -> States:
         hidden = self.architecture.config.text_config.hidden_size
-        weights = self._weight_bytes(model)
+        weights = self._weight_bytes()
         return standing_states(self.engine, self.trained, self.frozen, hidden, weights, self.matrices)
 
-    def _weight_bytes(self, model: Any) -> int:
+    def _weight_bytes(self) -> int:
         """All weights as they lie in a device's memory before anything is shared out."""
-        in_four_bits = self._four_bit_parameters(model)
-        names = dict(model.named_parameters())
+        in_four_bits = self._four_bit_parameters()
+        names = dict(self._model.named_parameters())
         whole = (
             parameter.numel() * (parameter.element_size() if self.engine.stage is None else self.engine.compute_bytes)
             for name, parameter in names.items()
@@ -104,19 +103,19 @@ class MemoryModel:
         )
         return sum(whole) + round(NF4_BYTES * sum(names[name].numel() for name in in_four_bits))
 
-    def _unpacked_weight(self, model: Any) -> int:
+    def _unpacked_weight(self) -> int:
         """The largest weight of four bits, which is made whole to be multiplied with."""
-        in_four_bits = self._four_bit_parameters(model)
-        sizes = (p.numel() * p.element_size() for name, p in model.named_parameters() if name in in_four_bits)
+        in_four_bits = self._four_bit_parameters()
+        sizes = (p.numel() * p.element_size() for name, p in self._model.named_parameters() if name in in_four_bits)
         return max(sizes, default=0)
 
-    def _four_bit_parameters(self, model: Any) -> set[str]:
+    def _four_bit_parameters(self) -> set[str]:
         """Names of the weights that quantising replaces: the frozen matrices of the LLM's layers."""
         if self.cfg.model.quantize == "none":
             return set()
         return {
             name
-            for name, parameter in model.named_parameters()
+            for name, parameter in self._model.named_parameters()
             if part_of(name) == "LLM layers" and parameter.dim() == 2
         }
 

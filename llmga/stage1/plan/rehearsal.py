@@ -1,8 +1,9 @@
 """One training step rehearsed on tensors that have shapes and no storage: what it would hold in memory, counted.
 
-The model's own code runs, forward and backward, at full depth and at the real batch size; every tensor that would be
-allocated is counted while it lives. So activations need no formula per architecture, and a GPU and a CPU are asked the
-same question. What stays the same from step to step (weights, optimizer states) is counted in `states`.
+The model's own code runs, forward and backward, at the real batch size; every tensor that would be allocated is counted
+while it lives. So activations need no formula per architecture, and a GPU and a CPU are asked the same question. Layers
+that are alike run a few times only (`depth`). What stays the same from step to step (weights, optimizer states) is
+counted in `states`.
 """
 
 import os
@@ -23,7 +24,8 @@ from llmga.muon import orthogonal, split_parameters
 from llmga.stage1.cross_entropy import LossHead, summed_cross_entropy, use_chunked_cross_entropy
 from llmga.stage1.model import is_in_llm_block
 from llmga.stage1.packed_attention import use_packed_sdpa
-from llmga.stage1.plan.live_bytes import GRADIENTS, LiveBytes
+from llmga.stage1.plan.depth import mark_stages, peaks_at_full_depth
+from llmga.stage1.plan.live_bytes import GRADIENTS, LiveBytes, Peaks, fullest
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,20 @@ def rehearse_step(model: nn.Module, batch: BatchShape, how: HowToStep) -> dict[s
     """Bytes that live at the fullest moment of forward and backward pass, without weights and optimizer states.
 
     Args:
-        model: a `LlavaForConditionalGeneration` on the meta device, with `requires_grad` set; it is used up.
+        model: a `LlavaForConditionalGeneration` on the meta device, with `requires_grad` set.
         batch: on one device.
         how: see there.
     Returns:
         Bytes by part: activations, logits and loss, gradients.
     """
+    peak = fullest(peaks_at_full_depth(model, lambda copy: rehearse_stages(copy, batch, how)))
+    if how.gradients == "stay":
+        peak[GRADIENTS] = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return peak
+
+
+def rehearse_stages(model: nn.Module, batch: BatchShape, how: HowToStep) -> Peaks:
+    """The fullest moment of each stage of a step, all of the model's layers taken; it is used up."""
     model.train()
     if how.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -92,6 +102,7 @@ def rehearse_step(model: nn.Module, batch: BatchShape, how: HowToStep) -> dict[s
         live = LiveBytes([*model.parameters(), *model.buffers(), *given, *staying])
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(live.on_gradient if how.gradients != "leave" else _drop)
+        mark_stages(model, live)
         model.lm_head.register_forward_pre_hook(live.on_logits)
         forward = _computing_in_bf16(model) if how.autocast else model
         with live:
@@ -99,10 +110,7 @@ def rehearse_step(model: nn.Module, batch: BatchShape, how: HowToStep) -> dict[s
             loss = output["loss"]
             del output
             loss.backward()
-    peak = dict(live.peak)
-    if how.gradients == "stay":
-        peak[GRADIENTS] = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    return peak
+    return live.peaks
 
 
 def rehearse_muon(model: nn.Module) -> int:
@@ -118,7 +126,7 @@ def rehearse_muon(model: nn.Module) -> int:
             live = LiveBytes(gradients)
             with live:
                 orthogonal(torch.stack([gradient.lerp(gradient, 0.95) for gradient in gradients]))
-        peaks.append(sum(live.peak.values()))
+        peaks.append(sum(fullest(live.peaks).values()))
     return max(peaks)
 
 
@@ -148,7 +156,7 @@ def _off_the_meta_device(model: nn.Module) -> None:
                     if tensor is None:
                         continue
                     if id(tensor) not in made:
-                        empty = torch.empty_like(tensor, device="cpu")
+                        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
                         is_parameter = isinstance(tensor, nn.Parameter)
                         made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
                     own[name] = made[id(tensor)]
