@@ -6,7 +6,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import vgg19
 
 from llmga.files import no_such_file
 
@@ -61,6 +60,8 @@ def load_perceptual(path: Path) -> PerceptualLoss:
     Raises:
         PerceptualError: no such file, or not VGG19's.
     """
+    from torchvision.models import vgg19  # takes seconds, and only one phase needs it
+
     if not path.is_file():
         raise PerceptualError(f"VGG19's weights: {no_such_file(path)}")
     try:

@@ -16,7 +16,6 @@ from llmga.stage1.added_tokens import add_generation_tags, add_tag_tokens, num_t
 from llmga.stage1.build import build_mllm, build_processor
 from llmga.stage1.chat_template import set_chat_template
 from llmga.stage1.config import ModelConfig, Stage1Config
-from llmga.stage1.lora import add_adapter, save_adapter
 from llmga.stage1.model import (
     Mllm,
     ModelError,
@@ -76,7 +75,11 @@ def start_model(cfg: Stage1Config, base_dir: Path) -> Start:
     if low and settings.lora is None:
         learn_in_float32(mllm.model)
     seed_everything(cfg.run.seed)  # loading draws more or less from the generator: on rank 0, or under ZeRO-3
-    trained = mllm.model if settings.lora is None else add_adapter(mllm, settings.lora, base)
+    trained: nn.Module = mllm.model
+    if settings.lora is not None:
+        from llmga.stage1.lora import add_adapter  # peft takes seconds to import
+
+        trained = add_adapter(mllm, settings.lora, base)
     logger.info("%s parameters learn, %s are frozen", *(f"{count:,}" for count in count_parameters(trained)))
     return Start(mllm, trained, base)
 
@@ -160,6 +163,8 @@ def save_result(
         ModelError: what was written reads back otherwise.
     """
     if cfg.model.lora is not None:
+        from llmga.stage1.lora import save_adapter
+
         return save_adapter(start.mllm, start.trained, state_dict, folder, provenance)
     dtype = torch.bfloat16 if cfg.run.precision == "bf16" else torch.float32
     return save_mllm(

@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModel, LlavaConfig, LlavaForConditional
 
 from llmga.stage1.build import llava_config
 from llmga.stage1.config import ModelConfig, Stage1Config
-from llmga.stage1.lora import add_adapter
 from llmga.stage1.model import read_config, set_trainable
 from llmga.stage1.model_checks import has_class_token, read_settings
 
@@ -79,6 +78,8 @@ def build_without_weights(architecture: Architecture, cfg: Stage1Config, dtype: 
         )
         set_trainable(model, cfg.model.trainable)
         if cfg.model.lora is not None:
+            from llmga.stage1.lora import add_adapter  # peft takes seconds to import
+
             without_tokenizer: Any = SimpleNamespace(model=model, tags_are_tokens=False)
             add_adapter(without_tokenizer, cfg.model.lora, Path())
     return model
