@@ -71,9 +71,8 @@ def write_table(
     folder: Path, results: Sequence[Result], headers: Mapping[str, str], judged: Sequence[Comparison]
 ) -> str:
     """Write the table and its comparisons as Markdown, and return the text."""
-    text = "\n\n".join(
-        [table(results, headers), comparison_table(judged, headers), *dict.fromkeys(_remarks(results))]
-    ).replace("\n\n\n", "\n\n")
+    parts = [table(results, headers), comparison_table(judged, headers), *_remarks(results)]
+    text = "\n\n".join(part for part in parts if part)
     atomic_write(folder / TABLE_FILE, text + "\n")
     return text
 
@@ -111,8 +110,8 @@ def comparison_table(judged: Sequence[Comparison], headers: Mapping[str, str]) -
 def _shown(metric: Metric | None) -> str:
     if metric is None:
         return "-"
-    scale, unit = (100, " %") if metric.unit == "share" else (1, "")
-    value = f"{scale * metric.value:.4g}{unit}"
+    scale = 100 if metric.unit == "share" else 1  # the header says so
+    value = f"{scale * metric.value:.4g}"
     if metric.ci_low is None or metric.ci_high is None:
         return value
     return f"{value} [{scale * metric.ci_low:.4g}, {scale * metric.ci_high:.4g}]"

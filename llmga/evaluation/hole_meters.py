@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmga.evaluation.bench import Columns, Meter, Score
 from llmga.evaluation.holes import Holes
-from llmga.evaluation.meters import RATE, unit_range
+from llmga.evaluation.meters import RATE, features_of, unit_range
 from llmga.images import MASK_THRESHOLD
 from llmga.metrics.extractors import Extractor, protocol_of
 from llmga.metrics.holes import colour_fit, hole_psnr, preserved_psnr, seam_excess
@@ -33,10 +33,15 @@ PIXEL_SCORES = {
 }
 
 
-def hole_meter(holes: Holes, lpips: Lpips | None, extractor: Extractor | None, pixels: bool) -> Meter:
+def hole_meter(
+    holes: Holes, lpips: Lpips | None, extractor: Extractor | None, pixels: bool, device: torch.device
+) -> Meter:
     """Features and LPIPS of raw output and composite; PSNR in the hole and, raw, outside; seam, gain, bias, SSIM.
 
     Seam, gain and bias are how far they are from the truth's 0, 1 and 0; gain and bias compare the hole's pixels.
+
+    Args:
+        device: where LPIPS is.
     """
 
     def measure(files: Mapping[str, Path]) -> Columns:
@@ -45,9 +50,10 @@ def hole_meter(holes: Holes, lpips: Lpips | None, extractor: Extractor | None, p
         columns: Columns = {}
         for before, behind, pictures in (("", "", composite), ("raw_", "_raw", raw)):
             if extractor is not None:
-                columns[f"{before}features"] = extractor.features(pictures).cpu().numpy()
+                columns[f"{before}features"] = features_of(extractor, pictures, files)
             if lpips is not None:
-                columns[f"lpips{behind}"] = lpips(unit_range(pictures), unit_range(truth)).double().cpu().numpy()
+                pair = (unit_range(each).to(device) for each in (pictures, truth))
+                columns[f"lpips{behind}"] = lpips(*pair).double().cpu().numpy()
         return columns | (_pixels(raw, composite, truth, hole) if pixels else {})
 
     made_by: dict[str, Any] = {"composite": "kept pixels pasted back, bit for bit", "range": "[0, 1]"}

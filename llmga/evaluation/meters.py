@@ -16,6 +16,7 @@ from llmga.images import open_picture
 from llmga.metrics.clip import Clip, load_clip
 from llmga.metrics.clip_score import ClipScores, score_features
 from llmga.metrics.extractors import Extractor, build_extractor, protocol_of
+from llmga.metrics.features import MetricError
 from llmga.metrics.picture_files import read_pictures
 from llmga.toyworld.parse import SIDE, ParsedScene, parse_batch
 from llmga.toyworld.picture_scores import (
@@ -72,9 +73,25 @@ def feature_meter(extractor: Extractor, side: int | None = None) -> Meter:
     """
 
     def measure(files: Mapping[str, Path]) -> Columns:
-        return {"features": extractor.features(read_pictures(files, side)).cpu().numpy()}
+        return {"features": features_of(extractor, read_pictures(files, side), files)}
 
     return Meter("features", {**protocol_of(extractor), "side": side}, measure)
+
+
+def features_of(extractor: Extractor, pictures: Tensor, files: Mapping[str, Path]) -> np.ndarray:
+    """(N, D) float32.
+
+    Raises:
+        MetricError: those of a picture are not finite; it names the file.
+    """
+    features = extractor.features(pictures).cpu().numpy()
+    bad = ~np.isfinite(features).all(axis=1)
+    if bad.any():
+        path = list(files.values())[int(bad.argmax())]
+        raise MetricError(
+            f"{path}: its features by {extractor.name} are not finite; look at the picture and the weights"
+        )
+    return features
 
 
 def clip_meter(clip: Clip, texts: Mapping[str, Texts], side: int | None = None) -> Meter:

@@ -136,7 +136,7 @@ class _Table3:
 
     def _protocol(self, kind: HoleKind) -> Protocol:
         config, holes = self.config, self.holes[kind]
-        meters = [hole_meter(holes, self.lpips, self.extractor, "pixels" in config.metrics)]
+        meters = [hole_meter(holes, self.lpips, self.extractor, "pixels" in config.metrics, self.studio.device)]
         if "world" in config.metrics:
             scenes = {id: scene_of(record) for id, record in self.rows.records.items()}
             meters.append(world_hole_meter(holes, scenes, config.measure.preset))

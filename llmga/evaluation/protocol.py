@@ -25,6 +25,7 @@ from llmga.evaluation.numbers import (
 )
 from llmga.files import one_builder
 from llmga.metrics.extractors import Extractor
+from llmga.metrics.features import MetricError
 from llmga.metrics.result import Result, require_comparable
 from llmga.metrics.verdicts import Contrast
 
@@ -93,6 +94,7 @@ def run_protocol(
         MetricError, ResultError, PictureError: something cannot be measured or compared.
         Interrupted: a signal came; what is measured stays.
     """
+    _check_names(protocol)
     todo: list[tuple[Cell, Sequence[Meter]]] = [(entry.cell, protocol.meters) for entry in entries]
     if protocol.reference is not None:
         todo.append((protocol.reference, protocol.reference_meters))
@@ -126,6 +128,10 @@ def _result(protocol: Protocol, entry: Entry, columns: Columns, reference: Colum
     if protocol.extractor is not None:
         metrics += set_metrics(protocol.distances, columns, reference, protocol.extractor, protocol.measure.splits)
     facts = {meter.name: dict(meter.made_by) for meter in protocol.meters if meter.made_by}
+    if "size" in columns:
+        width, height = columns["size"][0].tolist()
+        formats = sorted({path.suffix.lower().lstrip(".") for path in entry.cell.files.values()})
+        facts["pictures"] = {"width": width, "height": height, "format": ", ".join(formats)}
     if reference:
         facts["reference"] = {"n": len(reference["sha256"]), "sha256": set_hash(reference["sha256"])}
     return Result(
@@ -153,6 +159,17 @@ def _contrasts(protocol: Protocol, sides: Sides, columns: Mapping[str, Columns],
         elif name in protocol.distances and protocol.distances[name].is_distance:
             found.append(distance_contrast(name, protocol.distances[name], columns, reference, sides, tests))
     return found
+
+
+def _check_names(protocol: Protocol) -> None:
+    """Refuse settings about metrics that are not measured."""
+    tests = protocol.measure.tests
+    measured = [name for meter in protocol.meters for name in meter.scores] + list(protocol.distances)
+    for key, names in (("compared", tests.compared), ("smallest_effects", list(tests.smallest_effects))):
+        if strange := [name for name in names if name not in measured]:
+            raise MetricError(
+                f"tests.{key}: {', '.join(strange)} is not measured; expected some of {', '.join(measured)}"
+            )
 
 
 def set_hash(hashes: np.ndarray) -> str:

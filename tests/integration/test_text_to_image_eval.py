@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
+from torch import Tensor
 
 from llmga.config import ConfigError, load_config
+from llmga.evaluation.meters import feature_meter
 from llmga.evaluation.table_configs import TextToImageConfig
 from llmga.evaluation.text_to_image import evaluate_text_to_image
 from llmga.metrics.features import MetricError
-from llmga.metrics.result import read_result
+from llmga.metrics.result import ResultError, read_result
+from llmga.metrics.seeded_conv import SeededConv
 from llmga.metrics.weights import MissingWeights
 from llmga.records import Record, open_manifest, write_manifest
 from llmga.runtime import Ranks
@@ -149,3 +154,39 @@ def test_a_reference_that_was_trained_on_is_refused_by_name(folder: Path, tmp_pa
     assert evaluate_text_to_image(forced, Ranks()) is not None
     assert read_result(tmp_path / "tuned-short/result.json").system["training_overlap"] == 1
     assert read_result(tmp_path / "base-short/result.json").system["training_overlap"] == 0
+
+
+def test_pictures_of_other_sizes_and_formats_do_not_compare(folder: Path, tmp_path: Path) -> None:
+    def given(condition: str, suffix: str, side: int, odd: int = 64) -> TextToImageConfig:
+        (tmp_path / "given" / condition).mkdir(parents=True, exist_ok=True)
+        for number, path in enumerate(sorted((folder / "tuned" / condition).iterdir())[:10]):
+            picture = Image.open(path).resize((odd if number == 3 else side,) * 2)
+            picture.save(tmp_path / f"given/{condition}/{path.stem}{suffix}")
+        systems = [{"name": "tuned", "pictures": str(folder / "tuned")}]
+        systems.append({"name": "given", "pictures": str(tmp_path / "given")})
+        rows = {"path": str(folder / "rows.jsonl"), "max_rows": 10}
+        return config_for(
+            folder, tmp_path / "out", "metrics=[world]", f"conditions=[{condition}]", systems=systems, rows=rows
+        )
+
+    with pytest.raises(MetricError, match=r"given-short has pictures of 2 sizes: .* is 64 x 64, the first 32 x 32"):
+        evaluate_text_to_image(given("short", ".png", 32), Ranks())
+    with pytest.raises(ResultError, match=r"do not compare: protocol\.pictures\.width is 64 and 32"):
+        evaluate_text_to_image(given("short", ".png", 32, odd=32), Ranks())
+    with pytest.raises(ResultError, match=r'protocol\.pictures\.format is "png" and "jpg"'):
+        evaluate_text_to_image(given("refined", ".jpg", 64), Ranks())
+
+
+def test_names_and_networks_that_measure_nothing_are_refused(folder: Path, tmp_path: Path) -> None:
+    for override in ("measure.tests.compared=[fid]", "measure.tests.smallest_effects={lat: 0.1}"):
+        with pytest.raises(MetricError, match=r"tests\.\w+: \w+ is not measured; expected some of theme"):
+            evaluate_text_to_image(config_for(folder, tmp_path, "metrics=[world]", override), Ranks())
+
+    class Broken(SeededConv):
+        def features(self, images: Tensor) -> Tensor:
+            return super().features(images).where(images.float().mean(dim=(1, 2, 3))[:, None] > 0, torch.nan)
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "black.png")
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "white.png")
+    with pytest.raises(MetricError, match=r"black\.png: its features by seeded-conv are not finite"):
+        feature_meter(Broken()).measure({name: tmp_path / f"{name}.png" for name in ("white", "black")})
