@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from llmga.metrics.result import read_result
+from tests.forks import warm_python
 from tests.toy_diffusion import toy_sd_pipeline
 from tests.toy_evaluation import RANDOM_NETWORK, perfect, refinement_rows, settings_file, write_pictures
 
@@ -22,9 +23,9 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 COUNT = 40
 
 
-def start(*arguments: str | Path) -> subprocess.Popen[str]:
+def start(*arguments: str | Path, python: str | None = None) -> subprocess.Popen[str]:
     """A process that evaluates."""
-    line = [sys.executable, *map(str, arguments)]
+    line = [python or warm_python(), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(line, cwd=REPOSITORY, env=environment, text=True, **pipes)
@@ -54,7 +55,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_killed_process_is_taken_up_by_two_others(settings: Path) -> None:
     painted = settings.parent / "out/pictures/ours-short"
-    alone = start("eval/text_to_image.py", settings)
+    alone = start("eval/text_to_image.py", settings, python=sys.executable)
     while not (painted.is_dir() and len(list(painted.glob("*.png"))) >= 3):
         assert alone.poll() is None, alone.communicate()[1]
         time.sleep(0.02)
