@@ -18,6 +18,7 @@ LAUNCH_ARGS ?=
 BIN := .venv/bin
 PY  := $(BIN)/python
 export PYTHON  # setup_env.sh makes .venv with it, if given
+unexport PYTHONDONTWRITEBYTECODE  # where containers set it, each of a suite's hundred processes would compile all again
 
 LAUNCH = -m llmga.nodes.launch --nodes=$(NODES) --nproc=$(NPROC) --launcher=$(LAUNCHER) --node-rank=$(NODE_RANK) \
   --master-addr=$(MASTER_ADDR) --master-port=$(MASTER_PORT) --hostfile=$(HOSTFILE) --launch-args="$(LAUNCH_ARGS)" --python=$(PY)

@@ -6,7 +6,7 @@ The photographs of tests/fixtures are cropped, mirrored and brightened at random
 whose long side is 640 px. They are checked as a user would, by the command, with everything on: full decoding, hashes,
 duplicates, orphans, both reports. Rates count from the command's start to its end. The best of several runs counts, as
 other work on the machine can only slow it down; all are in benchmarks/results/check.json. Decoding alone, by Pillow in
-one process, stands beside it.
+one process, stands beside it. How memory grows is looked at with more pictures than that, of noise and 64 px wide.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from llmga.records import Record, write_manifest
 RESULT = Path(__file__).parent / "results" / "check.json"
 PHOTOGRAPHS = Path(__file__).parents[1] / "tests/fixtures/llmga-datasetv2-mini/llmga-imgs"
 LONG_SIDE_PX, QUALITY = 640, 90
+MEMORY_AT = (5_000, 20_000, 80_000)
 CAPTION = "a wide photograph of an old harbour with red boats, wet stones and low clouds, taken from the pier, number"
 
 
@@ -56,6 +57,20 @@ def make_pictures(folder: Path, count: int) -> float:
         records.append(Record(f"row-{number}", "similar_image", name, caption=f"{CAPTION} {number}", split="train"))
     write_manifest(folder / "rows.jsonl", records)
     return total / count / 1000
+
+
+def make_small_pictures(folder: Path, count: int) -> None:
+    """Write pictures of noise that are quickly made, all different, and their manifest."""
+    rng = np.random.default_rng(0)
+    records = []
+    for number in range(count):
+        noise = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        path = folder / f"{number % 100}" / f"{number:06d}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        noise.resize((64, 64), Image.Resampling.BICUBIC).save(path, quality=60)
+        name = path.relative_to(folder).as_posix()
+        records.append(Record(f"row-{number}", "similar_image", name, caption=f"{CAPTION} {number}", split="train"))
+    write_manifest(folder / "rows.jsonl", records)
 
 
 def decode_alone(folder: Path, count: int) -> float:
@@ -139,14 +154,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.work) as work:
-        many, few = Path(work) / "many", Path(work) / "few"
+        many, out = Path(work) / "many", Path(work) / "out"
         many.mkdir()
-        few.mkdir()
-        quarter = args.pictures // 4
         mean_kb = make_pictures(many, args.pictures)
-        make_pictures(few, quarter)
-        small = run_check(few, Path(work) / "out", args.workers, quarter)
-        runs = [run_check(many, Path(work) / "out", args.workers, args.pictures) for _ in range(args.runs)]
+        memory = {}
+        for count in MEMORY_AT:
+            small = Path(work) / f"small-{count}"
+            small.mkdir()
+            make_small_pictures(small, count)
+            memory[count] = run_check(small, out, args.workers, count)["peak_memory_mb"]
+        runs = [run_check(many, out, args.workers, args.pictures) for _ in range(args.runs)]
         best = max(runs, key=lambda run: run["pictures_per_s"])
         result = {
             "command": "python benchmarks/check.py",
@@ -156,8 +173,8 @@ def main() -> None:
             "workers": args.workers,
             "best": best,
             "runs": runs,
-            "a_quarter_of_the_pictures": small,
-            "decoding_alone_pictures_per_cpu_s": decode_alone(many, quarter),
+            "peak_memory_mb_by_small_pictures": memory,
+            "decoding_alone_pictures_per_cpu_s": decode_alone(many, args.pictures // 4),
         }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -2,9 +2,9 @@
 
     python benchmarks/packing.py
 
-Every way trains on the same examples in the same order, in a process of its own, with the code of a run: collator,
-model, loss, AdamW. Useful tokens are those of the examples, picture tokens included, padding not. One thread, and
-processor time is counted, since the machine is shared. Three mixtures:
+Every way trains one step on the same examples, in a process of its own, with the code of a run: collator, model, loss,
+AdamW. Useful tokens are those of the examples, picture tokens included, padding not. One thread, and processor time is
+counted, since the machine is shared. Three mixtures:
 
   mix665k   the parts and counts of LLaVA-1.5's instruction mixture as its paper lists them. The paper gives no lengths:
             they are assumed, log-normal per part, and stand in MIX665K below. 576 tokens a picture, at most 2048.
@@ -12,6 +12,13 @@ processor time is counted, since the machine is shared. Three mixtures:
             model): a large head on a small model would make computing trained tokens alone look better than it is.
   toy       what `make stage1` trains on: data of data_tools/build_world.py, the shipped base model.
   head      the loss alone, 2048 tokens of which 3 in 10 are trained, a vocabulary of 128,256.
+
+How much padding there is hangs on how many examples a forward pass has, and on who waits for whom: so a step of 128
+examples of mix665k is divided as LLaVA-1.5 was tuned (8 devices, 16 examples a pass) and as LLMGA was (8 devices, 4
+examples a pass, 4 passes). `times_faster` is that of one device which does all passes of the step one after the other.
+`times_faster_together` is that of the 8 devices: all passes are timed here, and of those that run at the same time
+the slowest counts, as under ZeRO-3, where devices meet in every layer. Packed rows are divided over the passes as a
+run divides them (llmga.stage1.balance), here by their true lengths.
 
 `tokens_ratio` is padded over useful tokens, what packing saves before any effect of attention or loss. Ways:
 
@@ -33,7 +40,7 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -60,6 +67,23 @@ MIX665K = {
 }
 PICTURE_TOKENS, MAX_LENGTH = 576, 2048
 IMAGE_TOKEN_ID, VOCABULARY = 3, 512
+
+
+class Division(NamedTuple):
+    """How a step's examples are divided into forward passes."""
+
+    batch_size: int = 0
+    passes: int = 0
+    devices: int = 1
+
+
+SETTINGS = (
+    ("toy, 16 a pass", Division(16, 12)),  # as `make stage1`
+    ("toy, 32 a pass", Division(32, 6)),
+    ("mix665k, 16 a pass", Division(16, 1, 8)),  # LLaVA-1.5
+    ("mix665k, 4 a pass", Division(4, 4, 8)),  # LLMGA
+    ("head", Division()),
+)
 Example = dict[str, Any]
 
 
@@ -123,20 +147,22 @@ def toy(data_dir: Path) -> tuple[Any, Iterator[Example], Any]:
     return mllm.model, (dataset[index] for index in range(len(dataset))), Collator.of(dataset)
 
 
-def measure(mixture: str, way: str, batch_size: int, steps: int, data_dir: Path) -> dict[str, float]:
-    """Train `steps` steps after one to warm up."""
+def measure(mixture: str, way: str, division: Division, data_dir: Path) -> dict[str, float]:
+    """Train one step, after a forward and backward pass to warm up."""
     import torch
 
+    from llmga.stage1.balance import balanced_order
     from llmga.stage1.cross_entropy import use_chunked_cross_entropy
     from llmga.stage1.model import set_trainable
     from llmga.stage1.packed_attention import use_packed_sdpa
     from llmga.stage1.packing import PackingCollator
+    from llmga.tokens import IGNORE_INDEX
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if mixture == "head":
         return measure_head(way)
-    model, examples, collator = mix665k() if mixture == "mix665k" else toy(data_dir)
+    model, source, collator = mix665k() if mixture == "mix665k" else toy(data_dir)
     set_trainable(model.train(), "projector+llm")
     if way in ("packed", "packed_full"):
         use_packed_sdpa(model.model.language_model)
@@ -144,29 +170,43 @@ def measure(mixture: str, way: str, batch_size: int, steps: int, data_dir: Path)
         use_chunked_cross_entropy(model)
     collate = PackingCollator(collator) if way.startswith("packed") else collator
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    batches = [list(islice(examples, batch_size)) for _ in range(steps + 1)]
-    before_mb = peak_mb()
-    losses, useful, computed, seconds = [], 0, 0, 0.0
-    for step, batch in enumerate(batches):
-        start = time.process_time()
-        tensors = collate(batch)
+
+    examples = list(islice(source, division.batch_size * division.passes * division.devices))
+    lengths = np.array([len(example["input_ids"]) for example in examples])
+    trained = sum(label != IGNORE_INDEX for example in examples for label in example["labels"][1:])
+    order = balanced_order(lengths, division.batch_size) if way.startswith("packed") else np.arange(len(examples))
+    batches = order.reshape(-1, division.batch_size)
+
+    def one_pass(batch: np.ndarray) -> tuple[float, int]:
+        """The batch's part of the loss, its gradients added; and the tokens that were computed."""
+        tensors = collate([examples[index] for index in batch])
         if way == "packed_dense":
             tensors = {name: value for name, value in tensors.items() if "seq_lens" not in name and "max_" not in name}
-        loss = model(**tensors, use_cache=False).loss
+        loss = model(**tensors, use_cache=False, num_items_in_batch=torch.tensor(trained)).loss
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-        if step:
-            seconds += time.process_time() - start
-            useful += sum(len(example["input_ids"]) for example in batch)
-            computed += tensors["input_ids"].numel()
+        return float(loss.detach()), tensors["input_ids"].numel()
+
+    before_mb = peak_mb()
+    one_pass(batches[0])
+    optimizer.zero_grad()
+    loss, computed, seconds = 0.0, 0, []
+    for batch in batches:
+        start = time.process_time()
+        part, tokens = one_pass(batch)
+        seconds.append(time.process_time() - start)
+        loss, computed = loss + part, computed + tokens
+    start = time.process_time()
+    optimizer.step()
+    step_s = time.process_time() - start
+    slowest = np.array(seconds).reshape(division.passes, division.devices).max(axis=1)
+    useful = int(lengths.sum())
     return {
-        "useful_tokens_per_s": round(useful / seconds, 1),
+        "useful_tokens_per_s": round(useful / (sum(seconds) + step_s), 1),
+        "useful_tokens_per_s_together": round(useful / (slowest.sum() + step_s), 1),
         "computed_per_useful_token": round(computed / useful, 4),
-        "seconds_per_step": round(seconds / steps, 3),
-        "memory_of_steps_mb": round(peak_mb() - before_mb),
-        "last_loss": round(losses[-1], 5),
+        "seconds_per_pass": round(float(np.mean(seconds)), 3),
+        "memory_of_a_step_mb": round(peak_mb() - before_mb),
+        "loss": round(loss, 5),
     }
 
 
@@ -192,8 +232,8 @@ def measure_head(way: str, tokens: int = 2048, width: int = 512, vocabulary: int
     norm = float(torch.nn.utils.get_total_norm([hidden.grad, weight.grad]))
     return {
         "useful_tokens_per_s": round(tokens / seconds, 1),
-        "memory_of_steps_mb": round(peak_mb() - before_mb),
-        "last_loss": round(float(total.detach()) / int(trained.sum()), 5),
+        "memory_of_a_step_mb": round(peak_mb() - before_mb),
+        "loss": round(float(total.detach()) / int(trained.sum()), 5),
         "gradient_norm": round(norm, 4),
     }
 
@@ -203,13 +243,13 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def compare(mixture: str, batch_size: int, steps: int, rounds: int, data_dir: Path) -> dict[str, Any]:
+def compare(mixture: str, division: Division, rounds: int, data_dir: Path) -> dict[str, Any]:
     """Every way in turn, `rounds` times, the faster round of each."""
     found: dict[str, dict[str, float]] = {}
     for _ in range(rounds):
         for way in WAYS[mixture]:
             command = [sys.executable, __file__, "--measure", mixture, way, "--data", str(data_dir)]
-            command += ["--batch-size", str(batch_size), "--steps", str(steps)]
+            command += ["--division", *map(str, division)]
             variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=variables)
             if done.returncode:
@@ -217,15 +257,16 @@ def compare(mixture: str, batch_size: int, steps: int, rounds: int, data_dir: Pa
             result = json.loads(done.stdout.splitlines()[-1])
             if way not in found or result["useful_tokens_per_s"] > found[way]["useful_tokens_per_s"]:
                 found[way] = result
-    first, *_, last = WAYS[mixture]
+    slow, *_, fast = (found[way] for way in WAYS[mixture])
     summary: dict[str, Any] = {"ways": found}
     if mixture != "head":
-        summary = {"batch_size": batch_size, "steps": steps, "ways": found}
-        summary["tokens_ratio"] = round(
-            found[first]["computed_per_useful_token"] / found[last]["computed_per_useful_token"], 3
-        )
-    summary["times_faster"] = round(found[last]["useful_tokens_per_s"] / found[first]["useful_tokens_per_s"], 2)
-    summary["memory_times_smaller"] = round(found[first]["memory_of_steps_mb"] / found[last]["memory_of_steps_mb"], 2)
+        summary = {**division._asdict(), "ways": found}
+        summary["tokens_ratio"] = round(slow["computed_per_useful_token"] / fast["computed_per_useful_token"], 3)
+    summary["times_faster"] = round(fast["useful_tokens_per_s"] / slow["useful_tokens_per_s"], 2)
+    if division.devices > 1:
+        together = "useful_tokens_per_s_together"
+        summary["times_faster_together"] = round(fast[together] / slow[together], 2)
+    summary["memory_times_smaller"] = round(slow["memory_of_a_step_mb"] / fast["memory_of_a_step_mb"], 2)
     print(mixture, json.dumps(summary, indent=1), flush=True)
     return summary
 
@@ -237,11 +278,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--data", type=Path, help="toy data, if already built")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--batch-size", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--division", nargs=3, type=int, default=(0, 0, 1), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(*args.measure, args.batch_size, args.steps, args.data)))
+        print(json.dumps(measure(*args.measure, Division(*args.division), args.data)))
         return
     with tempfile.TemporaryDirectory() as work:
         data_dir = args.data or Path(work) / "toy"
@@ -251,10 +291,7 @@ def main() -> None:
         result = {
             "command": f"python benchmarks/packing.py --rounds {args.rounds}",
             "machine": machine_in_words("torch", "transformers", threads=1, note="float32, processor time is counted"),
-            "toy": compare("toy", 32, 6, args.rounds, data_dir),
-            "mix665k": compare("mix665k", 16, 1, args.rounds, data_dir),
-            "mix665k_batches_of_4": compare("mix665k", 4, 3, args.rounds, data_dir),
-            "head": compare("head", 0, 0, args.rounds, data_dir),
+            **{name: compare(name.partition(",")[0], division, args.rounds, data_dir) for name, division in SETTINGS},
         }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -200,6 +200,7 @@ def main() -> None:
                 continue
             settled = settings(work, name, overrides)
             case = predict(processes, [*settled, f"run.max_steps={STEPS}"])
+            case["baseline_mb"] = round(baseline, 1)
             case["measured_mb"] = round(measure(processes, settled, baseline, PLAIN_ALLOCATOR in name), 1)
             case["predicted_over_measured"] = round(case["predicted_mb"] / case["measured_mb"], 3)
             cases[name] = {"processes": processes, "settings": overrides, **case}
@@ -207,8 +208,7 @@ def main() -> None:
     result = {
         "command": "python benchmarks/plan_memory.py",
         "machine": machine_in_words("torch", "transformers", note="no GPU"),
-        "baseline_mb": round(baseline, 1),
-        "cases": cases,
+        "cases": {name: cases[name] for name in CASES if name in cases},
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")

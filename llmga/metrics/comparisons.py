@@ -9,7 +9,7 @@ alone moves the distance. They are compared by exchanging outputs, and by halves
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
-from llmga.metrics.features import MetricError, checked_pair, require_samples
+from llmga.metrics.features import MetricError, checked_pair, checked_set, require_samples
 from llmga.metrics.intervals import Interval
 
 _EQUAL = 1e-9  # differences that rounding alone tells apart count as equal
@@ -95,7 +95,7 @@ def permute_distances(
     Raises:
         MetricError: counts or dimensions that differ, values that are not finite, fewer than 2 units, or no draws.
     """
-    count, pool = _common_pool(a, b, reference)
+    count, pool = _common_pool({"a": a, "b": b}, reference)
     units = _units(count, clusters)
     num_units = int(units.max()) + 1
     as_measured = np.zeros((1, count), bool)
@@ -110,12 +110,28 @@ def permute_distances(
 def half_sample_difference(
     a: Any, b: Any, reference: SetReference, draws: int = 100, seed: int = 0, level: float = 0.95
 ) -> Interval:
-    """The difference of two sets' distances to a reference, with an interval from halves of the prompts.
+    """The difference of two sets' distances to a reference; see `half_sample_contrast`."""
+    return half_sample_contrast({"a": a, "b": b}, (1, -1), reference, draws, seed, level)
 
-    Halves are drawn without replacement, the same for both systems; their spread is taken as it is, not scaled down
-    to the whole set. Measured, the interval is as wide as it should be in 4 dimensions, and 1.3 to 1.8 times too wide
-    in 64. The reference stays as it is: the interval is about the prompts, not about another draw of the reference.
 
+def half_sample_contrast(
+    sets: Mapping[str, Any],
+    weights: Sequence[float],
+    reference: SetReference,
+    draws: int = 100,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """A weighted sum of several sets' distances to a reference, with an interval from halves of the prompts.
+
+    Weights of 1 and -1 make a difference, of 1, -1, -1 and 1 an interaction. Halves are drawn without replacement, the
+    same for all sets; their spread is taken as it is, not scaled down to the whole set. Measured, the interval is as
+    wide as it should be in 4 dimensions, and 1.3 to 1.8 times too wide in 64. The reference stays as it is: the
+    interval is about the prompts, not about another draw of the reference.
+
+    Args:
+        sets: name -> (N, D) features, row by row of the same prompt.
+        weights: one for each set.
     Raises:
         MetricError: as `permute_distances`, or fewer than 8 pictures.
     """
@@ -123,12 +139,18 @@ def half_sample_difference(
         raise MetricError(
             f"level {level} and {draws} draws; expected a confidence between 0 and 1, and 2 or more draws"
         )
-    count, pool = _common_pool(a, b, reference, at_least=8)
+    if not sets or len(sets) != len(weights):
+        raise MetricError(f"there are {len(sets)} sets and {len(weights)} weights; expected one weight for each")
+    count, pool = _common_pool(sets, reference, at_least=8)
     rng = np.random.default_rng(seed)
     halves = np.stack([rng.choice(count, count // 2, replace=False) for _ in range(draws)])
-    spread = float(np.std(pool.distances(halves) - pool.distances(halves + count), ddof=1))
-    everything = np.arange(count)[None]
-    value = float(pool.distances(everything)[0] - pool.distances(everything + count)[0])
+
+    def contrast(rows: np.ndarray) -> np.ndarray:
+        parts = [weight * pool.distances(rows + count * place) for place, weight in enumerate(weights)]
+        return np.sum(parts, axis=0)
+
+    spread = float(np.std(contrast(halves), ddof=1))
+    value = float(contrast(np.arange(count)[None])[0])
     reach = NormalDist().inv_cdf((1 + level) / 2) * spread
     return Interval(value, value - reach, value + reach, count, f"{draws} paired half-samples, undivided")
 
@@ -172,12 +194,17 @@ def _judge(difference: float, exchanged: np.ndarray, n: int) -> PermutationTest:
     return PermutationTest(difference, float((1 + as_large.sum()) / (1 + len(exchanged))), n, len(exchanged))
 
 
-def _common_pool(a: Any, b: Any, reference: SetReference, at_least: int = 2) -> tuple[int, Pool]:
-    """Number of rows of each system, and both as one pool, those of b behind those of a."""
-    first, second = checked_pair(a, b, ("a", "b"), at_least)
-    if len(first) != len(second):
-        raise MetricError(f"a has {len(first):,} pictures and b {len(second):,}; pair them: one of each per prompt")
-    return len(first), reference.pool(np.concatenate([first, second]))
+def _common_pool(sets: Mapping[str, Any], reference: SetReference, at_least: int = 2) -> tuple[int, Pool]:
+    """Number of rows of each set, and all as one pool, one set's behind another's."""
+    first, *others = sets
+    rows = [checked_set(sets[first], first, at_least)]
+    for name in others:
+        rows.append(checked_pair(sets[first], sets[name], (first, name), at_least)[1])
+        if len(rows[-1]) != len(rows[0]):
+            raise MetricError(
+                f"{first} has {len(rows[0]):,} pictures and {name} {len(rows[-1]):,}; pair them: one of each per prompt"
+            )
+    return len(rows[0]), reference.pool(np.concatenate(rows))
 
 
 def _units(count: int, clusters: Sequence[Hashable] | None) -> np.ndarray:

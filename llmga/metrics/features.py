@@ -142,8 +142,8 @@ def require_disjoint(reference: Collection[Hashable], trained_on: Collection[Has
     shared = [name for name in dict.fromkeys(reference) if name in known]
     if shared and not force:
         raise MetricError(
-            f"{len(shared):,} of {len(set(reference)):,} reference pictures were trained on: {_some(shared)}; take a "
-            "reference set that training has not seen"
+            f"{len(shared):,} of {len(set(reference)):,} reference pictures were trained on: {name_some(shared)}; take "
+            "a reference set that training has not seen"
         )
     return len(shared)
 
@@ -161,15 +161,17 @@ def paired_rows(first: Sequence[Hashable], second: Sequence[Hashable], names: tu
     for ids, name in zip((first, second), names, strict=True):
         twice = [key for key, count in Counter(ids).items() if count > 1]
         if twice:
-            raise MetricError(f"{name} has {len(twice):,} ids more than once: {_some(twice)}; give each picture one")
+            raise MetricError(
+                f"{name} has {len(twice):,} ids more than once: {name_some(twice)}; give each picture one"
+            )
     places = {key: row for row, key in enumerate(second)}
     lacking = [key for key in first if key not in places]
     if lacking:
-        raise MetricError(f"{names[1]} lacks {len(lacking):,} ids of {names[0]}: {_some(lacking)}")
+        raise MetricError(f"{names[1]} lacks {len(lacking):,} ids of {names[0]}: {name_some(lacking)}")
     if len(first) < len(second):
         known = set(first)
         lacking = [key for key in second if key not in known]
-        raise MetricError(f"{names[0]} lacks {len(lacking):,} ids of {names[1]}: {_some(lacking)}")
+        raise MetricError(f"{names[0]} lacks {len(lacking):,} ids of {names[1]}: {name_some(lacking)}")
     return np.array([places[key] for key in first], dtype=np.int64)
 
 
@@ -192,5 +194,6 @@ def paired_cosine(first: Any, second: Any) -> np.ndarray:
     return np.clip((a * b).sum(axis=1) / lengths, -1, 1)
 
 
-def _some(ids: Sequence[Hashable]) -> str:
+def name_some(ids: Sequence[Hashable]) -> str:
+    """The first few ids, for a message."""
     return ", ".join(map(str, ids[:_NAMED_IDS])) + (", ..." if len(ids) > _NAMED_IDS else "")

@@ -52,7 +52,7 @@ class Inception:
 
     def logits(self, features: Tensor) -> Tensor:
         """(N, 1008) logits without the bias of the last layer, which the Inception score is published with."""
-        return features @ self._classes.T
+        return features.to(self._device) @ self._classes.T
 
 
 def _load(path: Path) -> nn.Module:

@@ -91,6 +91,31 @@ def bootstrap_ratio(
     return found
 
 
+def bootstrap_rate_difference(
+    a: ArrayLike,
+    b: ArrayLike,
+    totals: ArrayLike,
+    draws: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
+    clusters: Sequence[Hashable] | None = None,
+) -> Interval:
+    """Difference of two rates over the same facts, sum(a - b) / sum(totals), whole units drawn again.
+
+    Args:
+        a, b: successes of both systems per measurement.
+        totals: how many there could be.
+    Raises:
+        ValueError: as for `bootstrap_ratio`.
+    """
+    first, second, total = _finite(a, "a"), _finite(b, "b"), _finite(totals, "totals")
+    if not len(first) == len(second) == len(total):
+        raise ValueError(f"a has {len(first)} values, b {len(second)} and totals {len(total)}; expected one of each")
+    if (total < 0).any():
+        raise ValueError(f"a total is {total.min():g}; expected counts from 0 on")
+    return _bootstrap(first - second, total, draws, seed, level, clusters, "paired percentile bootstrap of rates")
+
+
 def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     """A rate with Wilson's score interval, which keeps its width where all of n succeed or fail.
 

@@ -46,4 +46,4 @@ class SeededConv:
 
     def logits(self, features: Tensor) -> Tensor:
         """(N, 64) features to (N, 10)."""
-        return features @ self._classes
+        return features.to(self._device) @ self._classes

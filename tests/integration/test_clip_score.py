@@ -1,6 +1,5 @@
 """A CLIP score must read the whole of a long prompt. Run: pytest tests/integration/test_clip_score.py"""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -16,26 +15,14 @@ from llmga.metrics.clip import Clip, load_clip
 from llmga.metrics.clip_score import clip_scores, score_features, text_windows
 from llmga.metrics.features import MetricError
 from llmga.metrics.weights import MissingWeights
+from tests.toy_evaluation import toy_clip_folder
 
-CONFIG = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-    "quick_gelu": True,
-}
-MEAN, STD = (0.5, 0.4, 0.6), (0.2, 0.25, 0.3)
 START = " ".join(f"A small red circle lies at place {number} of the old wooden table." for number in range(7))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP of the real architecture at small width, as open_clip saves it."""
-    path = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    save_file(open_clip.CLIP(**CONFIG).state_dict(), path / "open_clip_model.safetensors")
-    preprocess = {"mean": MEAN, "std": STD}
-    (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIG, "preprocess_cfg": preprocess}))
-    return path
+    return toy_clip_folder(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")

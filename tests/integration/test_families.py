@@ -7,11 +7,14 @@ without a sign.
 import json
 import shutil
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from llmga.config import load_config
@@ -20,13 +23,13 @@ from llmga.stage1.build import ProjectorError, build_mllm, build_processor
 from llmga.stage1.chat_rows import MARKERS, RELEASED, SYSTEM_TEXT_FILE, read_template, row_of, template_names
 from llmga.stage1.chat_template import TemplateError, set_chat_template
 from llmga.stage1.config import Stage1Config
-from llmga.stage1.conversation import Turn, encode_conversation, encode_prompt
+from llmga.stage1.conversation import Turn, control_strings, encode_conversation, encode_prompt
 from llmga.stage1.families import released_template
 from llmga.stage1.model import Mllm, ModelError, load_mllm, save_mllm
 from llmga.stage1.projector import projector_weights
 from llmga.stage1.reply import Prompt, generate_replies, stop_ids
 from llmga.stage1.start import load_start_processor
-from llmga.tokens import GEN_IMG, IGNORE_INDEX
+from llmga.tokens import GEN_IMG, IGNORE_INDEX, TAG_LITERALS, neutralise
 from tests.base_models import FAMILIES, IMAGE_SIZE_PX, make_llm, make_tower
 from tests.toy import toy_processor
 
@@ -105,6 +108,48 @@ def test_only_answers_and_their_ends_are_trained(name: str, built: Callable[[str
         assert encoded.labels[len(prompt)] != IGNORE_INDEX
     text = mllm.tokenizer.decode(encoded.input_ids)
     assert text.count(SYSTEM_TEXT_FILE.read_text().strip()) == 1
+
+
+FORGED = (
+    "USER:",
+    " ASSISTANT: ",
+    "[INST]",
+    "[/INST] ",
+    "<|im_end|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "</s>",
+    "<s>",
+    "<image>",
+)
+PIECES = st.sampled_from(
+    [*FORGED, "<gen_img>", "</gen_image>", "{{ x }}", " ", "\n", ":", "a", "é", "界", "🙂", "Draw it. "]
+)
+WRITTEN = st.lists(PIECES, max_size=6).map("".join)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_whatever_people_write_answers_and_their_ends_alone_are_trained(name: str, parts: Path) -> None:
+    family = FAMILIES[name]
+    tokenizer = build_processor(parts / name, parts / "clip", family.row).tokenizer
+    literals = [text for text in control_strings(tokenizer, "<image>") if text not in TAG_LITERALS]
+
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(st.lists(st.tuples(WRITTEN, st.booleans(), WRITTEN), min_size=1, max_size=3))
+    def holds(rounds: list[tuple[str, bool, str]]) -> None:
+        turns = [
+            turn
+            for question, shown, reply in rounds
+            for turn in (Turn("user", question + "?", has_picture=shown), Turn("assistant", reply + "."))
+        ]
+        encoded = encode_conversation(tokenizer, turns, "<image>", 4)
+        runs = [list(run) for trained, run in groupby(encoded.labels, lambda label: label != IGNORE_INDEX) if trained]
+        said = ["".join(tokenizer.decode(run).split()) for run in runs]
+        assert said == ["".join((neutralise(reply + ".", literals) + family.end).split()) for _, _, reply in rounds]
+        prompt = encode_prompt(tokenizer, turns[:-1], "<image>", 4)
+        assert prompt == encoded.input_ids[: len(prompt)] and encoded.labels[len(prompt)] != IGNORE_INDEX
+
+    holds()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -239,11 +284,11 @@ FAMILY_OF_LLM = {  # a published folder, by the beginning of its name
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_recipe_of_a_real_model_finds_its_chat_template(path: Path, parts: Path) -> None:
     """With a tokenizer that knows of turns what the published one knows: nothing, in the case of Vicuna's."""
-    settings = load_config(Stage1Config, path, check_machine=False).model
-    assert settings.llm is not None
-    [family] = [FAMILY_OF_LLM[name] for name in FAMILY_OF_LLM if settings.llm.name.startswith(name)]
-    settings.llm, settings.vision_tower = parts / family, parts / "clip"
-    template = load_start_processor(settings).tokenizer.chat_template
+    model = load_config(Stage1Config, path, check_machine=False).model
+    assert model.llm is not None
+    [family] = [FAMILY_OF_LLM[name] for name in FAMILY_OF_LLM if model.llm.name.startswith(name)]
+    model.llm, model.vision_tower = parts / family, parts / "clip"
+    template = load_start_processor(model).tokenizer.chat_template
     assert template == read_template(FAMILIES[family].row)
 
 

@@ -8,6 +8,7 @@ import pytest
 from scipy.stats import kstest, permutation_test
 
 from llmga.metrics.comparisons import (
+    half_sample_contrast,
     half_sample_difference,
     holm,
     holm_levels,
@@ -132,3 +133,19 @@ def test_what_cannot_be_compared() -> None:
         half_sample_difference(a[:7], b[:7], KernelReference(target))
     with pytest.raises(MetricError, match=r"level 95 and 100 draws"):
         half_sample_difference(a, b, KernelReference(target), level=95)
+
+
+def test_an_interaction_of_distances_is_the_sum_of_its_parts() -> None:
+    target, a, b = systems(0, 40, 0.5)
+    _, c, d = systems(1, 40, 1.0)
+    reference = FrechetReference.from_features(target)
+    found = half_sample_contrast({"a": a, "b": b, "c": c, "d": d}, (1, -1, -1, 1), reference, draws=20)
+    parts = [reference.distance_to(each) for each in (a, b, c, d)]
+    assert found.value == pytest.approx(parts[0] - parts[1] - parts[2] + parts[3])
+    assert found.low < found.value < found.high and found.n == 40
+    same = half_sample_contrast({"a": a, "b": a}, (1, -1), reference, draws=20)
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    with pytest.raises(MetricError, match="2 sets and 3 weights"):
+        half_sample_contrast({"a": a, "b": b}, (1, -1, 1), reference)
+    with pytest.raises(MetricError, match="a has 40 pictures and b 39; pair them"):
+        half_sample_contrast({"a": a, "b": b[1:]}, (1, -1), reference)

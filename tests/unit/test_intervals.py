@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from numpy.typing import ArrayLike
 
-from llmga.metrics.intervals import Interval, bootstrap_difference, bootstrap_ratio, bootstrap_runs, wilson
+from llmga.metrics.intervals import (
+    Interval,
+    bootstrap_difference,
+    bootstrap_rate_difference,
+    bootstrap_ratio,
+    bootstrap_runs,
+    wilson,
+)
 
 quick = {"draws": 300}
 
@@ -150,3 +157,21 @@ def test_runs_that_cannot_be_paired() -> None:
         bootstrap_runs(np.zeros((2, 3)), np.zeros((3, 3)))
     with pytest.raises(ValueError, match="holds values that are not finite"):
         bootstrap_runs([[math.nan]], [[1.0]])
+
+
+def test_a_difference_of_rates_weighs_facts_alike_and_is_paired() -> None:
+    totals = np.array([1, 4, 0, 5])
+    a, b = np.array([1, 3, 0, 2]), np.array([0, 3, 0, 1])
+    assert bootstrap_rate_difference(a, b, totals, **quick).value == pytest.approx(0.2)
+    assert bootstrap_rate_difference(a, b, totals, **quick).n == 3  # one asks for nothing
+    equal = bootstrap_rate_difference(a, a, totals, **quick)
+    assert (equal.value, equal.low, equal.high) == (0, 0, 0)
+    with pytest.raises(ValueError, match="a has 4 values, b 4 and totals 3"):
+        bootstrap_rate_difference(a, b, totals[:3])
+
+    def measure(rng: np.random.Generator) -> Interval:
+        total = rng.integers(1, 9, 60)
+        both = rng.binomial(total, 0.5)
+        return bootstrap_rate_difference(both, rng.binomial(both, 0.8), total, **quick)
+
+    assert 0.91 < coverage(0.1, measure, 300) < 0.98

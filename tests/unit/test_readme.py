@@ -34,7 +34,7 @@ def test_questions_named_as_at_chance_are_those_where_neither_model_is_surely_ab
     above = {m["name"].partition(":")[2] for m in rows if m["ci_low"] > m["chance"]}
     at_chance = [m for m in rows if m["name"].partition(":")[2] not in above]
     [named] = re.findall(
-        r"Base and tuned alike are at chance on (.*?): between (\d+) and (\d+) %", " ".join(README.split())
+        r"Base and tuned alike are no better than chance on (.*?): between (\d+) and (\d+) %", " ".join(README.split())
     )
     assert set(re.findall(r"`(\w+)`", named[0])) == {m["name"].partition(":")[2] for m in at_chance}
     values = [100 * m["value"] for m in at_chance]

@@ -283,4 +283,4 @@ def test_settings_that_cannot_work_are_refused(overrides: list[str], message: st
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs/record").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_config_is_valid(path: Path) -> None:
     cfg = load_config(RecordConfig, path, check_machine=False)
-    assert cfg.out.name == "recorded.jsonl" and path.name.split("_")[0].removesuffix(".yaml") in ("toy", "photos")
+    assert cfg.out.suffix == ".jsonl" and path.name.split("_")[0].removesuffix(".yaml") in ("toy", "photos")
