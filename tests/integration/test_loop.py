@@ -1,7 +1,7 @@
 """The loop that Stable Diffusion and DiffRIR are trained by: exact resuming, signals, bad batches, two networks.
 
 Resuming once restored everything but the generators, or logged a mean over half an interval. Run: pytest
-tests/unit/test_loop.py
+tests/integration/test_loop.py
 """
 
 import json

@@ -1,6 +1,6 @@
 """Permutation tests must raise as few false alarms as they claim, and see what is there; Holm by hand.
 
-Run: pytest tests/unit/test_comparisons.py
+Run: pytest tests/integration/test_comparisons.py
 """
 
 import numpy as np

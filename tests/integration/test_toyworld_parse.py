@@ -1,6 +1,6 @@
 """The parser judges every toy picture, so it must not be wrong itself: not on soft, noisy, tinted or shifted ones.
 
-    pytest tests/unit/test_toyworld_parse.py
+    pytest tests/integration/test_toyworld_parse.py
 
 Fewer scenes than benchmarks/toyworld_parse.py, which prints the whole table.
 """

@@ -1,6 +1,6 @@
 """Guards what a model is asked to fill in: a mask generator that drifts changes the task without any error.
 
-Run: pytest tests/unit/test_masks.py
+Run: pytest tests/integration/test_masks.py
 """
 
 from collections import Counter
