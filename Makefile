@@ -117,7 +117,7 @@ test: install  ## run the whole test suite
 	$(PY) -m pytest tests -n 2 --dist loadgroup $(ARGS)
 
 .PHONY: unit
-unit: install  ## run the unit tests, under a minute
+unit: install  ## run the unit tests, in about a minute
 	$(PY) -m pytest tests/unit -n 2 $(ARGS)
 
 .PHONY: check
