@@ -27,13 +27,15 @@ CORPORA: dict[str, dict[str, float]] = {
     },
     "stage1": {
         "prompt_refinement": 0.13,
-        "similar_image": 0.15,
-        "inpainting": 0.12,  # half of the masks drawn for these are outpainting, too
+        "similar_image": 0.14,
+        "inpainting": 0.11,  # half of the masks drawn for these are outpainting, too
         "outpainting": 0.04,
-        "editing": 0.27,  # the hardest: to find what is meant, to change it, and to leave the rest alone
+        "editing": 0.26,  # the hardest: to find what is meant, to change it, and to leave the rest alone
         "aim": 0.05,
         "questions": 0.16,
         "chat": 0.08,
+        "brief": 0.01,  # short descriptions, which would be forgotten
+        "medium": 0.02,
     },
 }
 """Corpus -> part -> weight: what a base MLLM has seen (no long captions, nothing to draw), and what stage 1 trains."""

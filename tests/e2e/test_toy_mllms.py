@@ -34,7 +34,8 @@ def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Module
     monkeypatch.setattr(base, "CORPUS_ROWS", {"train": 64, "validation": 64})
     monkeypatch.setattr(base, "LESSONS", tuple(lesson._replace(rows=64) for lesson in base.LESSONS))
     monkeypatch.setattr(tuned, "ROWS", {"train": 64, "validation": 64})
-    monkeypatch.setattr(tuned, "EDITING", tuned.EDITING._replace(rows=64))
+    for lesson in ("EDITING", "REFINING"):
+        monkeypatch.setattr(tuned, lesson, getattr(tuned, lesson)._replace(rows=64))
     monkeypatch.setattr(tower, "TowerRecipe", lambda: TowerRecipe(num_scenes=64, batch_size=16, steps=2))
     return {"base": base, "tuned": tuned}
 
@@ -46,8 +47,8 @@ def steps(run: str) -> int:
 @pytest.mark.timeout(600)
 def test_they_run_from_start_to_shipped_folder(scripts: dict[str, ModuleType]) -> None:
     assert [script.main(QUICK) for script in scripts.values()] == [EXIT_OK, EXIT_OK]
-    runs = ("toy_base/looking/run", "toy_base/finding/run", "toy_base/run", "toy_tuned/editing/run", "toy_tuned/run")
-    assert {steps(f"runs/{run}") for run in runs} == {2}  # also where a lesson has steps of its own
+    runs = ("base/looking", "base/finding", "base", "tuned/editing", "tuned", "tuned/refining")
+    assert {steps(f"runs/toy_{run}/run") for run in runs} == {2}  # also where a lesson has steps of its own
     shipped = Path("llmga/toyworld/checkpoints")
     for name, knows_tags in (("base", False), ("tuned", True)):
         _, info = LlavaForConditionalGeneration.from_pretrained(shipped / name / "mllm", output_loading_info=True)
