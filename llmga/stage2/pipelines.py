@@ -2,13 +2,13 @@
 
 import inspect
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from llmga.stage2.config import Task
 from llmga.stage2.prompt_layout import load_layout, stamp_layout
 
-Task = Literal["text_to_image", "inpainting"]
 # (has a second text encoder, task) -> class in diffusers
 CLASSES: dict[tuple[bool, Task], str] = {
     (False, "text_to_image"): "StableDiffusionPipeline",

@@ -26,7 +26,8 @@ from llmga.stage2.canvas import (
     paste_back,
     working_size,
 )
-from llmga.stage2.pipelines import PipelineError, Task, load_pipeline, pipeline_for
+from llmga.stage2.config import Task
+from llmga.stage2.pipelines import PipelineError, load_pipeline, pipeline_for
 from llmga.stage2.prompt_batch import UNCONDITIONAL, attending_to
 from llmga.stage2.prompt_encoder import LongPromptEncoder
 from llmga.stage2.recipe import Recipe, RecipeError, library_versions, save_with_recipe, weights_hash
