@@ -54,6 +54,7 @@ at a place, and then the other way round, from a description to its place. It ha
 weights of attention have grown, nothing new takes hold. The last run, whose settings are `CONFIG`, has some of
 everything."""
 VOCABULARY_SIZE = 1_536
+SCENES_TO_SPELL = 4_000
 WORD_PATTERN = r" ?\b(?:[Tt]op|[Mm]iddle|[Bb]ottom) (?:left|middle|right)\b| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
 SHIPPED = Path("llmga/toyworld/checkpoints/base/mllm")
 SPECIAL_TOKENS = ("<pad>", "<s>", "<image>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -210,7 +211,7 @@ def tokenizer_texts(corpus: Path):
     instructions = yaml.safe_load(Path("llmga/stage1/instructions.yaml").read_text(encoding="utf-8"))
     for text in strings_in(instructions):
         yield from [text] * 20
-    for seed in range(4_000):
+    for seed in range(SCENES_TO_SPELL):
         rng, scene = np.random.default_rng([1, seed]), sample_scene(seed)
         yield from (describe(scene, rng, style).text for style in ("long", "medium", "brief"))
         yield sample_edit(scene, rng).instruction

@@ -3,19 +3,22 @@
 One server imports them (`FORKS`, a context of multiprocessing), and each process is forked from it. `warm_python` is an
 interpreter for command lines: given a script, `-m` and a module, or `-c` and code, it has it run in such a fork, which
 gets its arguments, folder, variables, streams and signals, and whose end it shares. What is started in there by
-`sys.executable`, as launchers do, is warm as well. One test of each command takes the true interpreter.
+`sys.executable`, as launchers do, is warm as well. Variables that a library reads while it is imported come too late in
+a fork: they have a server of their own. One test of each command takes the true interpreter.
 """
 
 import array
 import atexit
 import contextlib
 import functools
+import importlib
 import json
 import multiprocessing
 import os
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -23,9 +26,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[1]
 FORKS = multiprocessing.get_context("forkserver")
 TOOLS = ["deepspeed", "torch.distributed.run"]
 HELPERS = ["tests.forks", "tests.toy_loop", "tests.toy_stage2", "tests.e2e.stage1_run"]
+RELEASES = ["llmga.release.export", "llmga.release.pull", "llmga.stage2.sample", "llmga.diffrir.network", "peft"]
+SERVE = "import socket, sys; from tests import forks; forks.serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])"
 FORKS.set_forkserver_preload(["llmga.stage1.train", "llmga.stage2.train", "llmga.diffrir.train", *TOOLS, *HELPERS])
 
 CLIENT = f"""#!{sys.executable} -SE
@@ -59,8 +65,12 @@ os._exit(code)
 
 
 @functools.cache
-def warm_python() -> str:
-    """Path of the warm interpreter of this test process."""
+def warm_python(**imported_with: str) -> str:
+    """Path of the warm interpreter of this test process.
+
+    Args:
+        imported_with: variables that what releases need is imported with.
+    """
     folder = Path(tempfile.mkdtemp(prefix="warm-python-"))
     path, address = folder / "python", folder / "socket"
     path.write_text(CLIENT.replace("SOCKET", repr(str(address)), 1))
@@ -68,10 +78,22 @@ def warm_python() -> str:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(address))
         listening.listen(64)
-        server = FORKS.Process(target=_serve, args=(listening, str(path)), daemon=False)
-        server.start()
+        if imported_with:
+            line = [sys.executable, "-c", SERVE, str(listening.fileno()), str(path)]
+            environment = {**os.environ, **imported_with, "PYTHONPATH": str(ROOT)}
+            server = subprocess.Popen(line, env=environment, pass_fds=[listening.fileno()])
+        else:
+            server = FORKS.Process(target=_serve, args=(listening, str(path)), daemon=False)
+            server.start()
     atexit.register(server.kill)
     return str(path)
+
+
+def serve(listening: socket.socket, executable: str) -> None:
+    """Import what releases need, with the variables of this process, then serve."""
+    for name in RELEASES:
+        importlib.import_module(name)
+    _serve(listening, executable)
 
 
 def _serve(listening: socket.socket, executable: str) -> None:

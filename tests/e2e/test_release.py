@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.forks import warm_python
 from tests.hub_server import Fault, HubServer, hub_server
 
 REPOSITORY = Path(__file__).parents[2]
 TOKEN = "hf_secretSecretSECRET0123456789abcd"
 TOY = "configs/release/toy.yaml"
-pytestmark = pytest.mark.timeout(900)  # up to six processes a test, each of which imports torch and transformers
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +28,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
         yield started
 
 
-def run(server: HubServer, *arguments: str, token: str | None = TOKEN) -> tuple[int, str]:
-    """Exit code and all that was printed; the token is in none of it."""
+def run(server: HubServer, *arguments: str, token: str | None = TOKEN, cold: bool = False) -> tuple[int, str]:
+    """Exit code and all that was printed; the token is in none of it.
+
+    Args:
+        cold: in the true interpreter, and as wordy as can be.
+    """
     switches = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_ENDPOINT": server.url}
-    if "llmga" in arguments:
+    python = sys.executable if cold else warm_python(**switches)
+    if cold and "llmga" in arguments:
         switches["HF_DEBUG"] = "1"  # the library then logs every request
     environment = {**os.environ, **switches, "HF_TOKEN": token or "", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
-        [sys.executable, *arguments],
+        [python, *arguments],
         cwd=REPOSITORY,
         env=environment,
         stdout=subprocess.PIPE,
@@ -52,14 +58,14 @@ def loading_code(card: Path) -> str:
     return found[1]
 
 
-def check_loading(server: HubServer, cfg: str, overrides: list[str], out: Path, test: str) -> None:
+def check_loading(server: HubServer, cfg: str, overrides: list[str], out: Path, test: str, cold: bool = False) -> None:
     """Release, pull, and run the card's own three lines against the repository."""
-    code, said = run(server, "-m", "llmga", "release", cfg, *overrides)
+    code, said = run(server, "-m", "llmga", "release", cfg, *overrides, cold=cold)
     assert code == 0 and "equal bit for bit" in said and "in one commit" in said, said
     repo = next(word.removeprefix("repo=") for word in overrides if word.startswith("repo="))
-    code, said = run(server, "-m", "llmga", "pull", repo, "--out", str(out))
+    code, said = run(server, "-m", "llmga", "pull", repo, "--out", str(out), cold=cold)
     assert code == 0 and "checked by their hashes" in said, said
-    code, said = run(server, "-c", loading_code(out / "README.md") + "\n" + test)
+    code, said = run(server, "-c", loading_code(out / "README.md") + "\n" + test, cold=cold)
     assert code == 0 and "it works" in said, said
 
 
@@ -77,7 +83,7 @@ def test_the_toy_mllm_goes_out_and_comes_back(server: HubServer, tmp_path: Path)
     server.faults = [Fault("PUT", "/large/", None), Fault("POST", ".*/commit/main", 500)]
     test = "assert model.num_parameters() > 3e6 and '<gen_img>' in processor.tokenizer.get_vocab(); print('it works')"
     overrides = ["repo=me/llmga-toy", f"export_dir={tmp_path / 'out'}"]
-    check_loading(server, TOY, overrides, tmp_path / "there", test)
+    check_loading(server, TOY, overrides, tmp_path / "there", test, cold=True)
     assert server.repos["me/llmga-toy"].private and len(server.repos["me/llmga-toy"].commits) == 2
     assert not any(fault.times for fault in server.faults)
 
@@ -113,7 +119,8 @@ def test_a_pipeline_and_a_restorer_go_out_and_come_back(server: HubServer, tmp_p
 
 def test_a_refused_token_is_one_sentence_and_exit_code_1(server: HubServer, tmp_path: Path) -> None:
     server.faults = [Fault("GET", "/api/whoami", 401, 1)]
-    code, said = run(server, "-m", "llmga", "release", TOY, "repo=me/late", f"export_dir={tmp_path / 'out'}")
+    overrides = ["repo=me/late", f"export_dir={tmp_path / 'out'}"]
+    code, said = run(server, "-m", "llmga", "release", TOY, *overrides, cold=True)
     assert code == 1 and said.splitlines()[-1].startswith(
         "cannot ask who the token belongs to: the Hub does not accept"
     )

@@ -5,12 +5,14 @@ import json
 import os
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from llmga.config import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK
 from llmga.toyworld import tower
+from llmga.toyworld.build import Report, build_world
 from llmga.toyworld.tower import TowerRecipe
 
 pytestmark = pytest.mark.e2e
@@ -31,11 +33,13 @@ def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Module
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "scripts")
     base, tuned = (importlib.import_module(f"make_toy_{name}") for name in ("base", "tuned"))
-    monkeypatch.setattr(base, "CORPUS_ROWS", {"train": 64, "validation": 64})
-    monkeypatch.setattr(base, "LESSONS", tuple(lesson._replace(rows=64) for lesson in base.LESSONS))
-    monkeypatch.setattr(tuned, "ROWS", {"train": 64, "validation": 64})
-    for lesson in ("EDITING", "REFINING"):
-        monkeypatch.setattr(tuned, lesson, getattr(tuned, lesson)._replace(rows=64))
+
+    def build_small(out: Path, *, splits: dict[str, int], **how: Any) -> Report:
+        small = {"train": 64, "validation": 8, "test": 1}
+        return build_world(out, splits={name: small[name] for name in splits}, sheet=False, **how)
+
+    monkeypatch.setattr("llmga.toyworld.build.build_world", build_small)
+    monkeypatch.setattr(base, "SCENES_TO_SPELL", 40)
     monkeypatch.setattr(tower, "TowerRecipe", lambda: TowerRecipe(num_scenes=64, batch_size=16, steps=2))
     return {"base": base, "tuned": tuned}
 
