@@ -126,12 +126,15 @@ PIECES = st.sampled_from(
     [*FORGED, "<gen_img>", "</gen_image>", "{{ x }}", " ", "\n", ":", "a", "é", "界", "🙂", "Draw it. "]
 )
 WRITTEN = st.lists(PIECES, max_size=6).map("".join)
+LAYOUTS = {name: (name, family.row, family.end) for name, family in FAMILIES.items()}
+LAYOUTS |= {row: (family.name, row, family.stop_tokens[0]) for row, family in RELEASED.items()}
+LAYOUTS["released_gemma"] = ("gemma", "released_gemma", "<end_of_turn><eos>")  # a turn's end, and a reply's
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_whatever_people_write_answers_and_their_ends_alone_are_trained(name: str, parts: Path) -> None:
-    family = FAMILIES[name]
-    tokenizer = build_processor(parts / name, parts / "clip", family.row).tokenizer
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_whatever_people_write_answers_and_their_ends_alone_are_trained(layout: str, parts: Path) -> None:
+    name, row, end = LAYOUTS[layout]
+    tokenizer = build_processor(parts / name, parts / "clip", row).tokenizer
     literals = [text for text in control_strings(tokenizer, "<image>") if text not in TAG_LITERALS]
 
     @settings(max_examples=60, deadline=None, derandomize=True)
@@ -145,7 +148,7 @@ def test_whatever_people_write_answers_and_their_ends_alone_are_trained(name: st
         encoded = encode_conversation(tokenizer, turns, "<image>", 4)
         runs = [list(run) for trained, run in groupby(encoded.labels, lambda label: label != IGNORE_INDEX) if trained]
         said = ["".join(tokenizer.decode(run).split()) for run in runs]
-        assert said == ["".join((neutralise(reply + ".", literals) + family.end).split()) for _, _, reply in rounds]
+        assert said == ["".join((neutralise(reply + ".", literals) + end).split()) for _, _, reply in rounds]
         prompt = encode_prompt(tokenizer, turns[:-1], "<image>", 4)
         assert prompt == encoded.input_ids[: len(prompt)] and encoded.labels[len(prompt)] != IGNORE_INDEX
 
