@@ -454,6 +454,41 @@ def test_weights_of_parts_that_cannot_be_read(parts: Path, copy: Callable[[str],
     refused(parts, r"clip: the weights cannot be read \(model.safetensors is a Git LFS pointer", tower=tower)
 
 
+class Attack:
+    """Executed by whoever reads a pickle without care."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, ("raise SystemExit('executed')",)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: content[:-200], "PytorchStreamReader failed reading zip archive"),
+        (lambda content: content[:999], r"\w+"),
+        (lambda content: b"version https://git-lfs.github.com/spec/v1\n", "pytorch_model.bin is a Git LFS pointer"),
+        (lambda content: b"<!DOCTYPE html>", "pytorch_model.bin is a web page"),
+        (lambda content: b"", "a file of weights ends too early"),
+        (lambda content: Attack(), "asks for more than tensors, which may be an attack; nothing of it was executed"),
+    ],
+    ids=["cut short", "mostly missing", "pointer", "page", "empty", "attack"],
+)
+def test_weights_as_older_models_have_them_are_read_and_damaged_ones_refused(
+    damage: Callable[[bytes], Any], message: str, parts: Path, copy: Callable[[str], Path]
+) -> None:
+    """Vicuna is published as `.bin` files alone."""
+    llm = copy("gemma")
+    weights = load_file(llm / "model.safetensors")
+    (llm / "model.safetensors").unlink()
+    file = llm / "pytorch_model.bin"
+    torch.save(weights, file)
+    embedding = build_mllm(llm, parts / "clip").model.get_input_embeddings().weight
+    assert torch.equal(embedding[: len(weights["model.embed_tokens.weight"])], weights["model.embed_tokens.weight"])
+    content = damage(file.read_bytes())
+    torch.save(content, file) if isinstance(content, Attack) else file.write_bytes(content)
+    refused(parts, rf"gemma: the weights cannot be read \(.*{message}.*\); copy or download them again", llm)
+
+
 def test_files_that_a_part_lacks(parts: Path, copy: Callable[[str], Path]) -> None:
     tower, llm = copy("siglip"), copy("gemma")
     (tower / "preprocessor_config.json").unlink()
