@@ -275,6 +275,7 @@ def main() -> None:
     """Measure one way, or compare all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1, help="the fastest one counts")
+    parser.add_argument("--only", default="", help="settings whose name holds this; the others stay as they are")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--data", type=Path, help="toy data, if already built")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
@@ -283,16 +284,22 @@ def main() -> None:
     if args.measure:
         print(json.dumps(measure(*args.measure, Division(*args.division), args.data)))
         return
+    chosen = [(name, division) for name, division in SETTINGS if args.only in name]
+    if not chosen:
+        parser.error(f"--only {args.only!r} is in none of {[name for name, _ in SETTINGS]}")
+    result = json.loads(args.out.read_text()) if args.only and args.out.exists() else {}
     with tempfile.TemporaryDirectory() as work:
         data_dir = args.data or Path(work) / "toy"
-        if args.data is None:
+        if args.data is None and any(name.startswith("toy") for name, _ in chosen):
             build = [sys.executable, ROOT / "data_tools" / "build_world.py", "--out", data_dir, "--rows", "4000"]
             subprocess.run([*build, "--no-sheet"], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-        result = {
-            "command": f"python benchmarks/packing.py --rounds {args.rounds}",
-            "machine": machine_in_words("torch", "transformers", threads=1, note="float32, processor time is counted"),
-            **{name: compare(name.partition(",")[0], division, args.rounds, data_dir) for name, division in SETTINGS},
-        }
+        for name, division in chosen:
+            result[name] = compare(name.partition(",")[0], division, args.rounds, data_dir)
+    result = {
+        "command": f"python benchmarks/packing.py --rounds {args.rounds}",
+        "machine": machine_in_words("torch", "transformers", threads=1, note="float32, processor time is counted"),
+        **{name: result[name] for name, _ in SETTINGS if name in result},
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {args.out}; {result['machine']}")

@@ -24,12 +24,15 @@ def deepspeed_settings(path: Path) -> dict[str, Any]:
     """Read a DeepSpeed file and add what it must not leave to DeepSpeed's defaults.
 
     A file silent on clipping clips at 1.0 whatever `optim.max_grad_norm` says, and without gathering there would be no
-    model to save. Two switches that would let a gradient that is not finite reach the weights are taken out.
+    model to save. An optimizer in host memory would be exchanged for DeepSpeed's own, which has to be compiled, with a
+    CUDA toolkit; torch's fused AdamW runs there as well. Two switches that would let a gradient that is not finite
+    reach the weights are taken out.
     """
     settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         settings.setdefault(key, "auto")
     settings.setdefault("gradient_clipping", "auto")
+    settings.setdefault("zero_force_ds_cpu_optimizer", False)
     settings.setdefault("bf16", {}).setdefault("enabled", "auto")
     settings.setdefault("zero_optimization", {})["stage3_gather_16bit_weights_on_model_save"] = True
     settings["zero_optimization"].pop("compute_grad_norm", None)

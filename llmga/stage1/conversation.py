@@ -183,12 +183,17 @@ def _answered(turns: list[Turn], where: str) -> list[Turn]:
 
 
 def _messages(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn], image_token: str) -> list[dict[str, str]]:
-    """Turns as the chat template reads them: nothing but our own placeholder can be taken for a control string."""
+    """Turns as the chat template reads them: nothing but our own placeholder can be taken for a control string.
+
+    White space in front of an answer goes: some tokenizers' markers (Phi-3's) swallow what is behind them, and would be
+    trained with it.
+    """
     literals = control_strings(tokenizer, image_token)
     in_answers = tuple(literal for literal in literals if literal not in TAG_LITERALS)
     messages = []
     for turn in turns:
-        text = neutralise(turn.content, in_answers if turn.role == "assistant" else literals)
+        is_answer = turn.role == "assistant"
+        text = neutralise(turn.content.lstrip() if is_answer else turn.content, in_answers if is_answer else literals)
         messages.append({"role": turn.role, "content": f"{image_token}\n{text}" if turn.has_picture else text})
     return messages
 

@@ -161,7 +161,7 @@ def nf4_settings(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def set_trainable(model: LlavaForConditionalGeneration, what: Literal["projector", "projector+llm"]) -> None:
-    """Choose what learns; the vision tower never does, and stays in eval mode when the rest is put in train mode."""
+    """Choose what learns; the vision tower never does: it stays in eval mode and keeps nothing for a backward pass."""
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
     if what == "projector+llm":
@@ -169,8 +169,9 @@ def set_trainable(model: LlavaForConditionalGeneration, what: Literal["projector
             for parameter in module.parameters():
                 parameter.requires_grad_(parameter.is_floating_point())  # 4-bit weights only learn through adapters
     vision_tower = model.model.vision_tower.eval()
-    if _keep_in_eval_mode not in vision_tower._forward_pre_hooks.values():
-        vision_tower.register_forward_pre_hook(_keep_in_eval_mode)
+    if _enter_tower not in vision_tower._forward_pre_hooks.values():
+        vision_tower.register_forward_pre_hook(_enter_tower)
+        vision_tower.register_forward_hook(_leave_tower, always_call=True)
 
 
 def is_in_llm_block(name: str) -> bool:
@@ -318,10 +319,20 @@ def load_processor(path: str | Path, added_tags: GenerationTags | None = None) -
     return processor
 
 
-def _keep_in_eval_mode(module: nn.Module, args: Any) -> None:
-    """Forward pre-hook: `model.train()` reaches the frozen tower too, and would turn on its dropout."""
-    if module.training:
-        module.eval()
+def _enter_tower(tower: Any, args: Any) -> None:
+    """Forward pre-hook: what reaches a frozen tower beside the rest of the model is kept from it.
+
+    `model.train()` would turn on its dropout. Gradient checkpointing makes the output of every input embedding require
+    gradients: the tower would keep the activations of all its layers and go backward through them for nothing.
+    """
+    tower.eval()
+    tower.gradients_outside = torch.is_grad_enabled()
+    learns = any(parameter.requires_grad for parameter in tower.parameters())
+    torch.set_grad_enabled(learns and tower.gradients_outside)
+
+
+def _leave_tower(tower: Any, args: Any, output: Any) -> None:
+    torch.set_grad_enabled(tower.gradients_outside)
 
 
 def _standard_model(

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
@@ -75,8 +76,10 @@ def reading_weights(folder: Path) -> Iterator[None]:
     transformers_logging.set_verbosity_error()
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = _stand_in(folder) or str(error).strip().split("\n")[0].rstrip(".")
+    except (OSError, SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        reason = _stand_in(folder) or _why_unread(error)
         raise ModelError(f"{folder}: the weights cannot be read ({reason}); copy or download them again") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -84,11 +87,21 @@ def reading_weights(folder: Path) -> Iterator[None]:
 
 def _stand_in(folder: Path) -> str | None:
     """A file that stands where weights should, such as a Git LFS pointer; None if there is none."""
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         with suppress(OSError), path.open("rb") as file:
-            if found := what_it_is(file.read(HEAD_BYTES)):
+            head = file.read(HEAD_BYTES)
+            if path.suffix == ".bin" and head.startswith(b"PK"):  # torch's own files are zip archives
+                continue
+            if found := what_it_is(head):
                 return f"{path.name} is {found}"
     return None
+
+
+def _why_unread(error: Exception) -> str:
+    """The reason in a few words; torch's own would have files read without care."""
+    if isinstance(error, UnpicklingError):
+        return "a .bin file asks for more than tensors, which may be an attack; nothing of it was executed"
+    return str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") or "a file of weights ends too early"
 
 
 @contextmanager

@@ -24,9 +24,10 @@ def train(python: str, config: str, run: Path, *overrides: str) -> subprocess.Co
 
 
 @pytest.mark.timeout(300)
-def test_photos_recipe_trains_on_every_published_format(tmp_path: Path) -> None:
+def test_photos_recipe_trains_on_every_published_format_packed(tmp_path: Path) -> None:
     run = tmp_path / "photos"
     short = ("run.max_steps=4", "run.sample_every_steps=4", "run.num_workers=0", "samples.max_new_tokens=32")
+    short += ("data.packing=true",)
     done = train(warm_python(), "configs/stage1/photos.yaml", run, *short)
     assert done.returncode == 0, done.stderr[-2000:]
     drawn = re.findall(r"source (.+): (\d+) of the 16 examples", done.stderr)

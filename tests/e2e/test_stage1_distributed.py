@@ -60,6 +60,12 @@ def one_dies_after_step_5() -> None:
     CallbackHandler.call_event = call
 
 
+def without_a_compiler() -> None:
+    """As on a machine that has a driver and Python packages, and nothing to compile with."""
+    os.environ["PATH"] = ""
+    os.environ.pop("CXX", None)
+
+
 def bad_gradient_in_step_3() -> None:
     """The last rank's gradients are no numbers, once, after a loss that is one."""
     if int(os.environ.get("RANK", 0)) != int(os.environ.get("WORLD_SIZE", 1)) - 1:
@@ -144,6 +150,15 @@ def test_ddp_packs_what_one_process_pads(settings: Path, alone: Path) -> None:
 
 def test_zero2_trains_like_one_process(alone: Path, zero2: Path) -> None:
     assert_trained_alike(zero2, alone, 5e-6)
+
+
+@pytest.mark.parametrize("file", ["zero2_offload", "zero3_offload"])
+def test_an_optimizer_in_host_memory_trains_the_same(settings: Path, alone: Path, file: str) -> None:
+    """And nothing has to be compiled for it: there is no compiler on the path."""
+    folder = settings.parent / file
+    deepspeed = f"run.deepspeed={ROOT / 'configs/deepspeed' / file}.json"
+    succeed(settings, deepspeed, f"run.output_dir={folder}", sabotage=without_a_compiler)
+    assert_trained_alike(folder, alone, 5e-6)
 
 
 @pytest.mark.parametrize(("stage", "processes"), [(0, 1), (2, 2), (3, 2)])

@@ -12,15 +12,17 @@ import pytest
 from typer.testing import CliRunner
 
 from llmga.cli import app
-from llmga.config import EXIT_BAD_INPUT, EXIT_OK
-from llmga.diffrir.plan import make_plan
+from llmga.config import EXIT_BAD_INPUT, EXIT_OK, load_config
+from llmga.diffrir.config import DiffRIRConfig
+from llmga.diffrir.plan import make_plan, plan_text
 from llmga.diffrir.train import build_restorer
 from llmga.records import Record, write_manifest
 from llmga.runtime import Ranks
 from llmga.stage1.record.parts import PartWriter, parts_folder
 from llmga.stage2.cache import CacheError
 from llmga.stage2.make_cache import make_cache
-from llmga.stage2.plan_cache import plan_cache, plan_text
+from llmga.stage2.plan_cache import plan_cache
+from llmga.stage2.plan_cache import plan_text as cache_text
 from tests.toy_restoration import STEPS, settings
 from tests.toy_stage2 import load, make_inputs
 
@@ -60,7 +62,15 @@ def test_a_restoration_plan_counts_what_each_phase_trains(tmp_path: Path) -> Non
     assert gan.learning > joint.learning and gan.frozen == sizes[0]  # the discriminator learns, too
 
 
-def test_the_published_restorer_is_planned_without_its_pictures(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/diffrir").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_restorer_is_planned_without_its_pictures(path: Path) -> None:
+    plan = make_plan(load_config(DiffRIRConfig, path, check_machine=False), devices=8)
+    *_, last = plan.phases
+    assert last.learning > (1e6 if path.stem == "toy" else 25e6) and last.state_bytes > 16 * last.learning
+    assert f"{last.learning:,}" in plan_text(plan) and f"{last.settings.steps:,}" in plan_text(plan)
+
+
+def test_the_published_restorer_is_planned_by_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     result = CliRunner().invoke(app, ["plan", "configs/diffrir/x1.yaml", "--devices", "8"], prog_name="llmga")
     assert result.exit_code == EXIT_OK, result.stderr
     assert "prior      400,000   25,600,000        ?" in result.stdout
@@ -137,7 +147,7 @@ def test_a_cache_plan_finds_the_shards_that_are_made(
     picture_bytes = plan_cache(cfg).picture_bytes
     assert picture_bytes is not None and 5 * picture_bytes == pytest.approx(second.stat().st_size, rel=0.05)
     second.unlink()
-    assert "1 of 3 shards are to be made: 5 of 12" in plan_text(plan_cache(cfg))
+    assert "1 of 3 shards are to be made: 5 of 12" in cache_text(plan_cache(cfg))
     other = load(inputs, *overrides, "data.flip_share=0")
     with pytest.raises(CacheError, match="was made with mirrored True, this run has False"):
         plan_cache(other)

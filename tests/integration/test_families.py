@@ -126,12 +126,15 @@ PIECES = st.sampled_from(
     [*FORGED, "<gen_img>", "</gen_image>", "{{ x }}", " ", "\n", ":", "a", "é", "界", "🙂", "Draw it. "]
 )
 WRITTEN = st.lists(PIECES, max_size=6).map("".join)
+LAYOUTS = {name: (name, family.row, family.end) for name, family in FAMILIES.items()}
+LAYOUTS |= {row: (family.name, row, family.stop_tokens[0]) for row, family in RELEASED.items()}
+LAYOUTS["released_gemma"] = ("gemma", "released_gemma", "<end_of_turn><eos>")  # a turn's end, and a reply's
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_whatever_people_write_answers_and_their_ends_alone_are_trained(name: str, parts: Path) -> None:
-    family = FAMILIES[name]
-    tokenizer = build_processor(parts / name, parts / "clip", family.row).tokenizer
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_whatever_people_write_answers_and_their_ends_alone_are_trained(layout: str, parts: Path) -> None:
+    name, row, end = LAYOUTS[layout]
+    tokenizer = build_processor(parts / name, parts / "clip", row).tokenizer
     literals = [text for text in control_strings(tokenizer, "<image>") if text not in TAG_LITERALS]
 
     @settings(max_examples=60, deadline=None, derandomize=True)
@@ -145,7 +148,7 @@ def test_whatever_people_write_answers_and_their_ends_alone_are_trained(name: st
         encoded = encode_conversation(tokenizer, turns, "<image>", 4)
         runs = [list(run) for trained, run in groupby(encoded.labels, lambda label: label != IGNORE_INDEX) if trained]
         said = ["".join(tokenizer.decode(run).split()) for run in runs]
-        assert said == ["".join((neutralise(reply + ".", literals) + family.end).split()) for _, _, reply in rounds]
+        assert said == ["".join((neutralise(reply + ".", literals) + end).split()) for _, _, reply in rounds]
         prompt = encode_prompt(tokenizer, turns[:-1], "<image>", 4)
         assert prompt == encoded.input_ids[: len(prompt)] and encoded.labels[len(prompt)] != IGNORE_INDEX
 
@@ -449,6 +452,41 @@ def test_weights_of_parts_that_cannot_be_read(parts: Path, copy: Callable[[str],
     refused(parts, r"gemma: the weights cannot be read \(.*\); copy or download them again", llm)
     (tower / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     refused(parts, r"clip: the weights cannot be read \(model.safetensors is a Git LFS pointer", tower=tower)
+
+
+class Attack:
+    """Executed by whoever reads a pickle without care."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, ("raise SystemExit('executed')",)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: content[:-200], "PytorchStreamReader failed reading zip archive"),
+        (lambda content: content[:999], r"\w+"),
+        (lambda content: b"version https://git-lfs.github.com/spec/v1\n", "pytorch_model.bin is a Git LFS pointer"),
+        (lambda content: b"<!DOCTYPE html>", "pytorch_model.bin is a web page"),
+        (lambda content: b"", "a file of weights ends too early"),
+        (lambda content: Attack(), "asks for more than tensors, which may be an attack; nothing of it was executed"),
+    ],
+    ids=["cut short", "mostly missing", "pointer", "page", "empty", "attack"],
+)
+def test_weights_as_older_models_have_them_are_read_and_damaged_ones_refused(
+    damage: Callable[[bytes], Any], message: str, parts: Path, copy: Callable[[str], Path]
+) -> None:
+    """Vicuna is published as `.bin` files alone."""
+    llm = copy("gemma")
+    weights = load_file(llm / "model.safetensors")
+    (llm / "model.safetensors").unlink()
+    file = llm / "pytorch_model.bin"
+    torch.save(weights, file)
+    embedding = build_mllm(llm, parts / "clip").model.get_input_embeddings().weight
+    assert torch.equal(embedding[: len(weights["model.embed_tokens.weight"])], weights["model.embed_tokens.weight"])
+    content = damage(file.read_bytes())
+    torch.save(content, file) if isinstance(content, Attack) else file.write_bytes(content)
+    refused(parts, rf"gemma: the weights cannot be read \(.*{message}.*\); copy or download them again", llm)
 
 
 def test_files_that_a_part_lacks(parts: Path, copy: Callable[[str], Path]) -> None:

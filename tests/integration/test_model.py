@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from llmga.stage1.added_tokens import add_generation_tags
+from llmga.stage1.config import LoraConfig
+from llmga.stage1.lora import add_adapter
 from llmga.stage1.model import (
     VISION_SHARD,
     Mllm,
@@ -293,6 +295,55 @@ def test_set_trainable_freezes_the_vision_tower_and_keeps_it_in_eval_mode() -> N
     assert not any(module.training for module in model.model.vision_tower.modules())
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert trained == {name for name, _ in model.named_parameters() if "vision_tower" not in name}
+
+
+def a_step(kind: str, checkpointing: bool) -> tuple[bool, torch.Tensor, dict[str, torch.Tensor]]:
+    """Whether features of a picture carry a graph into the projector; loss and gradients, in train mode."""
+    mllm = tiny_mllm()
+    model = mllm.model
+    set_trainable(model, "projector" if kind == "projector" else "projector+llm")
+    torch.manual_seed(0)
+    if kind == "adapters":
+        add_adapter(mllm, LoraConfig(rank=2, dropout=0.0), Path("base"))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # they start at 0 and would give the others no gradient
+                torch.nn.init.normal_(parameter, std=0.1)
+    if kind == "tower too":
+        model.model.vision_tower.requires_grad_(True)
+    model.train()
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    carried: list[bool] = []
+    hook = model.model.multi_modal_projector.register_forward_pre_hook(
+        lambda module, args: carried.append(args[0].requires_grad)
+    )
+    ids = torch.tensor([[257, 258, 258, 258, 258, 9, 262]])
+    loss = model(input_ids=ids, pixel_values=torch.rand(1, 3, 32, 32), labels=ids, use_cache=False).loss
+    loss.backward()
+    hook.remove()
+    return carried == [True], loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["projector", "projector+llm", "adapters", "tower too"])
+def test_checkpointing_draws_no_gradients_through_a_frozen_tower_and_changes_none(kind: str) -> None:
+    """It asks every input embedding for gradients, the tower's too, which would go backward through it for nothing."""
+    carries, loss, gradients = a_step(kind, checkpointing=True)
+    without, expected_loss, expected = a_step(kind, checkpointing=False)
+    assert carries == without == (kind == "tower too")
+    assert any("vision_tower" in name for name in gradients) == (kind == "tower too")
+    assert any("language_model" in name for name in gradients) == (kind != "projector")
+    assert torch.equal(loss, expected_loss) and gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert gradient.any(), name
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_gradients_are_back_after_a_tower_that_raised() -> None:
+    model = tiny_mllm().model
+    set_trainable(model, "projector+llm")
+    with pytest.raises(ValueError, match="doesn't match model"):
+        model.get_image_features(pixel_values=torch.rand(1, 3, 48, 48))
+    assert torch.is_grad_enabled()
 
 
 def test_number_of_picture_tokens_is_what_the_model_makes_of_a_picture() -> None:

@@ -21,13 +21,14 @@ from llmga.stage1.plan.rehearsal import BatchShape, HowToStep, rehearse_stages
 PADDED = BatchShape(2, 48, 2, 60)
 
 
-def deep_llava(family: str = "llama", depth: int = 6, trainable: str = "projector+llm", **text: Any) -> Any:
+def deep_llava(
+    family: str = "llama", depth: int = 6, trainable: str = "projector+llm", tower_depth: int = 5, **text: Any
+) -> Any:
     """A narrow model of many layers on the meta device."""
     sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "head_dim": 16}
     llm = AutoConfig.for_model(family, **sizes, num_key_value_heads=2, num_hidden_layers=depth, **text)
-    tower = CLIPVisionConfig(
-        hidden_size=48, intermediate_size=96, num_hidden_layers=5, num_attention_heads=4, image_size=32, patch_size=8
-    )
+    widths = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4}
+    tower = CLIPVisionConfig(**widths, num_hidden_layers=tower_depth, image_size=32, patch_size=8)
     config = LlavaConfig(vision_config=tower, text_config=llm, image_token_id=511, vision_feature_layer=-2)
     attention = "eager" if family == "gemma2" else "sdpa"
     with torch.device("meta"):
@@ -82,6 +83,13 @@ def test_few_layers_tell_of_all(model: Any, batch: BatchShape, how: HowToStep) -
 
 def num_layers(model: Any) -> int:
     return len(model.model.language_model.layers)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_frozen_tower_of_more_layers_keeps_no_more(checkpointing: bool) -> None:
+    how = HowToStep(checkpointing=checkpointing, chunked=True)
+    few, many = (fullest(rehearse_stages(deep_llava(tower_depth=n), PADDED, how)) for n in (5, 11))
+    assert few == many
 
 
 @pytest.mark.parametrize(

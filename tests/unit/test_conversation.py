@@ -104,7 +104,8 @@ def test_no_user_token_is_trained_and_every_terminator_is(rounds: list[Any], tag
     turns = [turn for question, shown, reply in rounds for turn in (user(question + "?", shown), answer(reply + "."))]
     encoded = encode(*turns, tokenizer=tokenizer)
     literals = [x for x in control_strings(tokenizer, IMAGE_TOKEN) if x not in TAG_LITERALS]
-    assert trained_texts(encoded, tokenizer) == [neutralise(reply + ".", literals) + EOS for _, _, reply in rounds]
+    replies = [neutralise(reply.lstrip() + ".", literals) for _, _, reply in rounds]
+    assert trained_texts(encoded, tokenizer) == [reply + EOS for reply in replies]
     assert encoded.input_ids.count(IMAGE_ID) == NUM_IMAGE_TOKENS * sum(shown for _, shown, _ in rounds)
     assert encoded.input_ids.count(USER_ID) == encoded.input_ids.count(ASSISTANT_ID) == len(rounds)
     assert encoded.input_ids.count(END_ID) == 2 * len(rounds)
