@@ -25,7 +25,7 @@ from pydantic_core import ErrorDetails
 
 from llmga.config_report import ConfigError, Key, Report, nearest_word, shown
 from llmga.config_source import apply_overrides, read_yaml
-from llmga.files import atomic_write, no_such_file
+from llmga.files import atomic_write, no_folder_to_write, no_such_file
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -119,6 +119,10 @@ class RunConfig:
         if self.max_steps is None or self.epochs is None:
             return None
         return f"found {self.max_steps} and {self.epochs}, expected one of the two; remove one, or set it to null"
+
+    @combination("output_dir", machine=True)
+    def _output_dir_can_be_written(self) -> str | None:
+        return no_folder_to_write(self.output_dir)
 
     @combination("deepspeed", "precision", machine=True)
     def _deepspeed_file(self) -> str | None:

@@ -101,9 +101,20 @@ def _is_settled(built: Path, source: Path) -> bool:
 
 
 def _can_write(folder: Path) -> bool:
-    while not folder.exists():
-        folder = folder.parent
-    return os.access(folder, os.W_OK)
+    return os.access(nearest_there(folder), os.W_OK)
+
+
+def nearest_there(path: Path) -> Path:
+    """The path itself, or the first of its parents that is there."""
+    return next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))
+
+
+def no_folder_to_write(path: Path) -> str | None:
+    """One sentence for a folder in which nothing could be written, there or yet to be made; None where it could."""
+    found = nearest_there(path)
+    if not found.is_dir():
+        return f"{found} is a file, expected a folder there, or nothing yet"
+    return None if os.access(found, os.W_OK | os.X_OK) else f"nothing can be written to {found}; give another folder"
 
 
 def cache_folder(kind: str) -> Path:

@@ -23,7 +23,7 @@ from llmga.checkpoint import (
 )
 from llmga.config import dump_config, save_config
 from llmga.environment import environment
-from llmga.files import atomic_write
+from llmga.files import atomic_write, nearest_there
 from llmga.run_inputs import Changes, Fingerprint, decisive_changes, fingerprints, in_one_clause, other_settings
 from llmga.runtime import MetricsLog, RunFailed
 
@@ -77,7 +77,12 @@ class RunFolder:
         Raises:
             ResumeError: the checkpoint was trained on other data, by another mixture or seed, or from another model,
                 and `run.resume_anyway` is not set.
+            RunFailed: the disk is full.
         """
+        with explaining_full_disk(self):
+            return self._start(config, resume)
+
+    def _start(self, config: Any, resume: bool) -> Path | None:
         self.path.mkdir(parents=True, exist_ok=True)
         if not resume:
             self._move_aside()
@@ -196,11 +201,15 @@ def explaining_full_disk(run: RunFolder) -> Iterator[None]:
     """
     try:
         yield
+    except RunFailed:
+        raise
     except Exception as error:
-        if not is_disk_full(error) and shutil.disk_usage(run.path).free > _FULL_BYTES:
+        disk = nearest_there(run.path)
+        ours = isinstance(error, ValueError)  # a mistake in settings or data stays one on a disk that is nearly full
+        if not is_disk_full(error) and (ours or shutil.disk_usage(disk).free > _FULL_BYTES):
             raise
         remove_incomplete(run.path)
-        free = shutil.disk_usage(run.path).free / 1e6
+        free = shutil.disk_usage(disk).free / 1e6
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise RunFailed(
             f"could not write to {run.path}: {reason} ({free:,.0f} MB free now). "

@@ -129,7 +129,8 @@ def _train(job: _Job) -> Path:
 
     # Model: the arguments come first, because under ZeRO-3 they decide how `from_pretrained` spreads the weights.
     arguments = training_arguments(cfg, run.path)
-    start = start_model(cfg, run.path / "base")
+    with explaining_full_disk(run):  # a model in parts is put together in the run folder
+        start = start_model(cfg, run.path / "base")
     set_arithmetic(start.mllm.model, cfg)
     accept_saved_names(start.trained)
     if checkpoint:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -98,6 +99,21 @@ def test_a_full_disk_is_one_sentence_and_frees_what_was_half_written(tmp_path: P
     with pytest.raises(RuntimeError, match="shape"), explaining_full_disk(run):
         raise RuntimeError("shape mismatch")
     assert "starts again" in way_on(RunFolder(tmp_path / "new"))
+
+
+def test_a_disk_that_is_full_from_the_start_is_one_sentence_too(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # no file may grow past 100 bytes
+    try:
+        with pytest.raises(RunFailed, match=r"could not write to .*run: .*; there is no checkpoint yet") as failed:
+            run.start(config(run.path), resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert str(failed.value).count("could not write") == 1 and not any(run.path.iterdir())
+    with pytest.raises(RunFailed, match=str(failed.value)[:40]) as again, explaining_full_disk(run):
+        raise failed.value
+    assert again.value is failed.value
 
 
 def test_hashes_name_every_input(tmp_path: Path) -> None:

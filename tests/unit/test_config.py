@@ -382,6 +382,8 @@ def test_a_sound_stage1_config(stage1_files: list[str]) -> None:
         (["data.sources.0.tasks=[]"], "data.sources.0.tasks .*at least 1 item"),
         (["data.picture_size=0"], "data.picture_size .*: found 0, expected greater than or equal to 1"),
         (["data.refine_generate_share=1.1"], "found 1.1, expected less than or equal to 1"),
+        (["run.output_dir=LICENSE"], "run.output_dir .*: LICENSE is a file, expected a folder there, or nothing yet"),
+        (["run.output_dir=LICENSE/a/b"], "run.output_dir .*: .*LICENSE is a file, expected a folder"),
         (["run.max_steps=6", "run.epochs=1"], "run.max_steps .*, run.epochs .*: found 6 and 1.0, expected one"),
         (["run.deepspeed=zero9.json"], "run.deepspeed .*: zero9.json does not exist"),
         (["run.trackers=[mlflow]"], "run.trackers.0 .*: found \"mlflow\", expected 'wandb' or 'tensorboard'"),
