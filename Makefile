@@ -111,14 +111,15 @@ toy-restorer: install  ## train the shipped toy restorer again
 toy-sd: install  ## train the toy Stable Diffusion `base` again
 	$(PY) scripts/make_toy_sd.py $(ARGS)
 
-# Tests of one slow file stay in one worker (tests/conftest.py), so that several-process runs do not collide.
+# Tests of one file stay in one worker, which makes what they share once. The order is the folders': the slow rings come
+# first, and the unit tests fill what is left of both workers at the end.
 .PHONY: test
 test: install  ## run the whole test suite
-	$(PY) -m pytest tests -n 2 --dist loadgroup $(ARGS)
+	$(PY) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .PHONY: unit
 unit: install  ## run the unit tests, in about a minute
-	$(PY) -m pytest tests/unit -n 2 $(ARGS)
+	$(PY) -m pytest tests/unit -n 2 --dist loadfile $(ARGS)
 
 .PHONY: check
 check: install  ## format, lint, types, import contract

@@ -35,16 +35,13 @@ def _library_logging_as_imported() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark by ring; keep a slow file's tests in one worker, which trains what they share; skip gpu ones."""
+    """Mark by ring; give the slow ones time; skip gpu ones."""
     for item in items:
         ring = item.path.relative_to(TESTS).parts[0]
         if ring in ("integration", "parity", *SLOW_RINGS):
             item.add_marker(getattr(pytest.mark, ring))
-        if ring in SLOW_RINGS:
-            if item.get_closest_marker("xdist_group") is None:
-                item.add_marker(pytest.mark.xdist_group(item.path.stem))
-            if item.get_closest_marker("timeout") is None:
-                item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_SECONDS))
+        if ring in SLOW_RINGS and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_SECONDS))
         if item.get_closest_marker("gpu") is not None and not _has_gpu():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 

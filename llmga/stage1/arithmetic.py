@@ -5,7 +5,6 @@ import logging
 import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
-from transformers.integrations.liger import apply_liger_kernel
 
 from llmga.runtime import RuntimeSetupError
 from llmga.stage1.config import Stage1Config
@@ -46,6 +45,8 @@ def use_liger(language_model: PreTrainedModel) -> None:
     """
     if not torch.cuda.is_available():
         raise RuntimeSetupError("model.liger needs a CUDA device and none is visible; set model.liger=false")
+    from transformers.integrations.liger import apply_liger_kernel  # brings peft, which takes seconds to import
+
     apply_liger_kernel(language_model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
     if not has_liger(language_model):  # it says so in its log alone
         kind = language_model.config.model_type

@@ -14,9 +14,8 @@ from llmga.bad_samples import KINDS, NO_ROOM, BadSampleBudget
 from llmga.checkpoint import checkpoint_path, keep_last, mark_complete
 from llmga.progress import RunProgress
 from llmga.runtime import MetricsLog, Ranks, StopSignal, barrier, memory_gb, on_main
+from llmga.stage1.held_out import TOKEN_LOSS
 from llmga.stage1.watch import BatchWatch
-
-TOKEN_LOSS = "token_loss"
 
 
 class Figures(TrainerCallback):

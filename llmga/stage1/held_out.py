@@ -3,15 +3,20 @@
 The Trainer's own figure is a mean over batches, in which a short answer's tokens count for more than a long one's.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import EvalPrediction
 
-from llmga.stage1.callbacks import TOKEN_LOSS
 from llmga.tokens import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from transformers import EvalPrediction  # with it comes the Trainer, which takes seconds to import
+
+TOKEN_LOSS = "token_loss"
 
 
 def token_losses(logits: Any, labels: Tensor) -> Tensor:

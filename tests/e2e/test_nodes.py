@@ -224,7 +224,8 @@ def test_the_preflight_may_only_warn_or_be_left_out(settings: Path, alone: Path,
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_the_preflight_is_a_command_of_its_own(settings: Path, launcher: str) -> None:
-    launch = [sys.executable, "-m", "llmga.nodes.launch", "--nproc=2", f"--launcher={launcher}"]
+    python = sys.executable if launcher == "torchrun" else warm_python()
+    launch = [python, "-m", "llmga.nodes.launch", "--nproc=2", f"--launcher={launcher}"]
     launch += [f"--master-port={free_port()}", "-m", "llmga", "preflight", str(settings)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)

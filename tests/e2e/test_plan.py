@@ -4,13 +4,13 @@ Run: pytest tests/e2e/test_plan.py
 """
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from llmga.stage1.plan.plan import Asked, make_plan
 from llmga.stage1.plan.text import plan_text
+from tests.forks import warm_python
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -39,7 +39,7 @@ def test_every_recipe_is_planned_without_weights(path: Path, monkeypatch: pytest
 
 
 def test_the_recipe_itself_stops_before_training(tmp_path: Path) -> None:
-    command = [sys.executable, "scripts/train_stage1.py", "configs/stage1/photos.yaml", "--dry-run"]
+    command = [warm_python(), "scripts/train_stage1.py", "configs/stage1/photos.yaml", "--dry-run"]
     done = subprocess.run(
         [*command, f"run.output_dir={tmp_path}/run"], cwd=ROOT, capture_output=True, text=True, timeout=240
     )

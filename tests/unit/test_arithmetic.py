@@ -12,11 +12,11 @@ from torch import nn
 
 from llmga.config import RunConfig
 from llmga.runtime import RuntimeSetupError
-from llmga.stage1 import arithmetic
 from llmga.stage1.arithmetic import has_liger, set_arithmetic
 from llmga.stage1.config import DataConfig, ModelConfig, SourceConfig, Stage1Config
 from tests.toy import toy_llava
 
+APPLY = "transformers.integrations.liger.apply_liger_kernel"
 WITH_LIGER = Stage1Config(
     model=ModelConfig(path=Path("model"), liger=True),
     data=DataConfig(sources=[SourceConfig(path=Path("rows.jsonl"))]),
@@ -36,7 +36,7 @@ def test_liger_is_given_the_llm_without_its_losses(a_gpu: None, monkeypatch: pyt
         given.append((part, kernels))
         part.norm.__dict__["_get_name"] = lambda: "LigerRMSNorm"  # as it marks what it has exchanged
 
-    monkeypatch.setattr(arithmetic, "apply_liger_kernel", apply)
+    monkeypatch.setattr(APPLY, apply)
     assert not has_liger(model)
     set_arithmetic(model, WITH_LIGER)
     assert given == [(model.model.language_model, {"cross_entropy": False, "fused_linear_cross_entropy": False})]
@@ -44,7 +44,7 @@ def test_liger_is_given_the_llm_without_its_losses(a_gpu: None, monkeypatch: pyt
 
 
 def test_an_llm_that_liger_has_no_kernels_for_is_named(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arithmetic, "apply_liger_kernel", lambda part, kernels: None)  # it only logs it
+    monkeypatch.setattr(APPLY, lambda part, kernels: None)  # it only logs it
     with pytest.raises(RuntimeSetupError, match=r"no kernels for an LLM of model_type 'llama'; set model.liger=false"):
         set_arithmetic(toy_llava(), WITH_LIGER)
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 from llmga.stage2.loss import (
@@ -62,6 +61,8 @@ def test_the_target_is_what_the_prediction_type_says(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_min_snr_weighs_as_its_paper_says(kind: str) -> None:
+    from diffusers.training_utils import compute_snr  # takes seconds to import
+
     noises = scheduler(kind)
     snr = signal_to_noise(noises, torch.arange(1000))
     torch.testing.assert_close(snr, compute_snr(noises, torch.arange(1000)), rtol=1e-4, atol=0)
