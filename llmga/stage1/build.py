@@ -31,6 +31,7 @@ from llmga.stage1.model_checks import ModelError, has_class_token, read_settings
 from llmga.stage1.pixels import PixelEncoder
 from llmga.stage1.projector import PROJECTOR_FILE
 from llmga.stage1.released_projector import find_projector, read_projector
+from llmga.stage1.released_tokenizer import ANY_TOKENIZER
 from llmga.stage1.reply import stop_ids
 from llmga.tokens import GEN_IMG, IMAGE_TOKEN, TAG_LITERALS, GenerationTags
 
@@ -234,7 +235,7 @@ def _load_tokenizer(folder: Path) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"{folder}: the tokenizer cannot be loaded ({reason}); download its files again") from error
-    files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+    files = {*ANY_TOKENIZER, *tokenizer.vocab_files_names.values()}
     if not any((folder / name).is_file() for name in files):  # transformers would make an empty one
         raise ModelError(f"{folder}: no tokenizer there (none of {', '.join(sorted(files))}); add its files")
     if not tokenizer.is_fast:

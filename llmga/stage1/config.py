@@ -121,6 +121,8 @@ def without_model(folder: Path | None, expected: str) -> str | None:
     """What is wrong with a model folder, None if nothing is."""
     if folder is None or (folder / "config.json").is_file():
         return None
+    if (folder / "adapter_config.json").is_file():
+        return f"{folder} holds an adapter, expected {expected}; `llmga merge` makes a whole model of it"
     what = "a folder without config.json" if folder.is_dir() else "no such folder"
     return f"{folder} is {what}, expected {expected}"
 

@@ -22,7 +22,7 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt"),
 )
-_ANY_OF_THESE = ("tokenizer.json", "tokenizer.model", "vocab.json")
+ANY_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SPACE_MARKS = ("", " ")  # the plainest that fits
 _ROWS_MULTIPLE = 64
 
@@ -58,7 +58,7 @@ class Placeholder:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder has the files of any tokenizer."""
-    return any((folder / name).is_file() for name in _ANY_OF_THESE)
+    return any((folder / name).is_file() for name in ANY_TOKENIZER)
 
 
 def load_tokenizer(folder: Path) -> Any:

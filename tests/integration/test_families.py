@@ -31,6 +31,7 @@ from llmga.stage1.reply import Prompt, generate_replies, stop_ids
 from llmga.stage1.start import load_start_processor
 from llmga.tokens import GEN_IMG, IGNORE_INDEX, TAG_LITERALS, neutralise
 from tests.base_models import FAMILIES, IMAGE_SIZE_PX, make_llm, make_tower
+from tests.released import KINDS
 from tests.toy import toy_processor
 
 TURNS = [
@@ -49,6 +50,9 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tower(folder / "siglip", "siglip")
     for name, family in FAMILIES.items():
         make_llm(folder / name, family)
+    for kind, what in KINDS.items():
+        (folder / "published" / kind).mkdir(parents=True)
+        what.tokenizer(folder / "published" / kind)
     return folder
 
 
@@ -126,9 +130,12 @@ PIECES = st.sampled_from(
     [*FORGED, "<gen_img>", "</gen_image>", "{{ x }}", " ", "\n", ":", "a", "é", "界", "🙂", "Draw it. "]
 )
 WRITTEN = st.lists(PIECES, max_size=6).map("".join)
+# Tokenizer, row and end of an answer: for new runs, for the layouts of released weights, and for new runs again with
+# tokenizers in the files that models are published with.
 LAYOUTS = {name: (name, family.row, family.end) for name, family in FAMILIES.items()}
 LAYOUTS |= {row: (family.name, row, family.stop_tokens[0]) for row, family in RELEASED.items()}
 LAYOUTS["released_gemma"] = ("gemma", "released_gemma", "<end_of_turn><eos>")  # a turn's end, and a reply's
+LAYOUTS |= {f"published/{kind}": (f"published/{kind}", *LAYOUTS[kind.split("-")[0]][1:]) for kind in KINDS}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

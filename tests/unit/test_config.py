@@ -444,6 +444,13 @@ def test_kernels_need_their_packages(
     load_config(Stage1Config, None, [*stage1_files, override])
 
 
+def test_an_adapter_is_no_model_to_start_from(tmp_path: Path, stage1_files: list[str]) -> None:
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"holds an adapter, expected a LLaVA model .*; `llmga merge` makes a whole"):
+        load_config(Stage1Config, None, [*stage1_files, f"model.path={tmp_path / 'final'}"])
+
+
 def test_what_adapters_cannot_do_under_zero3(stage1_files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     zero2, zero3 = (f"run.deepspeed={REPOSITORY / 'configs/deepspeed' / f'zero{stage}.json'}" for stage in (2, 3))
