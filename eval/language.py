@@ -25,7 +25,7 @@ from language_tables import TABLE_ROWS, detail_rows, show_comparisons, table, ta
 from llmga.checkpoint import sha256
 from llmga.cli import SHIPPED_MODELS, newest_model
 from llmga.config import EXIT_BAD_INPUT, EXIT_OK
-from llmga.files import atomic_write
+from llmga.files import atomic_write, no_file_to_write, no_folder_to_write
 from llmga.machine import machine_in_words
 from llmga.provenance import made_with
 from llmga.stage1.instructions import Phrasing
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate and write the result folder; returns the exit code."""
     args = parse_arguments(arguments)
     try:
+        check_outputs(args)
         rows_of = dict.fromkeys(args.tasks, args.rows) | ({"vqa": args.vqa_rows} if "vqa" in args.tasks else {})
         records = choose_records(args.data, rows_of)
         settings = task_settings(args.model, args.picture_size, args.phrasing)
@@ -107,6 +108,20 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Replies take minutes: what could not be written behind them is said before.
+
+    Raises:
+        EvalError: names the option and the path.
+    """
+    for option, problem in (
+        ("--out", no_folder_to_write(args.out)),
+        ("--publish", args.publish and no_file_to_write(args.publish)),
+    ):
+        if problem:
+            raise EvalError(f"{option}: {problem}")
 
 
 def task_settings(model: Path, picture_size: int | None, phrasing: Phrasing) -> TaskSettings:

@@ -47,8 +47,8 @@ def main(arguments: list[str]) -> int:
 def choose_examples(folder: Path) -> Iterator[dict[str, dict[str, Any]]]:
     """For each shown task the first item with a picture, or the first item: no hand picking."""
     by_item: dict[str, dict[str, dict[str, Any]]] = {}
-    for line in (folder / "items.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    lines = (folder / "items.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
+    for row in map(json.loads, lines):  # replies may hold other line breaks, as U+2028
         if row["task"] != "vqa" and row["kind"] != "generation":
             continue
         by_item.setdefault(row["id"], {})[row["system"]] = row

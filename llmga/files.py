@@ -117,6 +117,11 @@ def no_folder_to_write(path: Path) -> str | None:
     return None if os.access(found, os.W_OK | os.X_OK) else f"nothing can be written to {found}; give another folder"
 
 
+def no_file_to_write(path: Path) -> str | None:
+    """One sentence for a file that could not be written, to be said before the work that fills it; None if it could."""
+    return f"{path} is a folder, expected a file to write" if path.is_dir() else no_folder_to_write(path.parent)
+
+
 def cache_folder(kind: str) -> Path:
     """The user's folder for what can be built again: $LLMGA_CACHE_DIR, or llmga in $XDG_CACHE_HOME or ~/.cache."""
     own = os.environ.get("LLMGA_CACHE_DIR")

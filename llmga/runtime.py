@@ -349,7 +349,7 @@ class MetricsLog:
     def _lines(self) -> Iterator[dict[str, Any]]:
         if not self.path.exists():
             return
-        for text in self.path.read_text(encoding="utf-8").splitlines():
+        for text in self.path.read_text(encoding="utf-8").split("\n"):  # replies may hold other line breaks, as U+2028
             try:
                 line = json.loads(text)
             except ValueError:

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from llmga.bad_samples import BadSampleBudget
-from llmga.files import atomic_write
+from llmga.files import atomic_write, no_file_to_write
 from llmga.images import data_url
 from llmga.mixture import Mixture, SourceShare
 from llmga.records import TASKS
@@ -29,6 +29,10 @@ NUM_MEASURED = 300  # examples that the figures at the top are about
 KINDS = ("generation", "description", "chat")
 MASK_TINT = (224, 49, 140)
 _MAX_BARS = 32
+
+
+class PreviewError(ValueError):
+    """A page that cannot be written where it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,10 @@ def write_preview(
     Returns:
         `out_path`.
     Raises:
-        ValueError: data that training would stop at.
+        ValueError: data that training would stop at, or nothing can be written to `out_path`.
     """
+    if problem := no_file_to_write(Path(out_path)):
+        raise PreviewError(f"the page cannot be written: {problem}")
     if processor is None:
         processor = load_start_processor(cfg.model)
     with tempfile.TemporaryDirectory() as folder:

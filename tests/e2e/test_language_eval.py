@@ -207,6 +207,18 @@ def test_the_shipped_tuned_model_does_what_it_is_shipped_for(world: Path, tmp_pa
     assert found["vqa", "chat", "exact_match"] >= 0.6
 
 
+@pytest.mark.parametrize(("option", "said"), [("--out", "is a file, expected a folder"), ("--publish", "is a file")])
+def test_what_could_not_be_written_is_told_before_any_reply(
+    world: Path, tmp_path: Path, option: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a_file").touch()
+    target = tmp_path / "a_file" / ("result.json" if option == "--publish" else "")
+    arguments = ["--model", "/no/where", "--data", world / "test.jsonl", "--out", tmp_path / "out", option, target]
+    assert main([str(part) for part in arguments]) == 2
+    assert capsys.readouterr().err.startswith(f"{option}: {tmp_path / 'a_file'} {said}")
+    assert not (tmp_path / "out").exists()
+
+
 def test_missing_manifest_names_the_way_out(tmp_path: Path) -> None:
     command = [sys.executable, "eval/language.py", "--data", str(tmp_path / "none.jsonl")]
     done = subprocess.run(command, capture_output=True, text=True)

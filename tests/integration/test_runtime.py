@@ -105,6 +105,14 @@ def test_metrics_lines_past_the_resumed_step_are_cut(tmp_path: Path) -> None:
     assert json.loads(log.path.read_text().splitlines()[0]) == {"step": 1, "loss": 1.0, "note": "naïve"}
 
 
+def test_a_line_holds_whatever_a_model_wrote(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "replies.jsonl")
+    replies = ["two\nlines", "a\u2028b", "\x85\x1c\v", ""]
+    log.write(1, replies=replies)
+    log.cut_after(1)
+    assert log.read() == [{"step": 1, "replies": replies}]
+
+
 def test_seeds_reach_all_three_generators() -> None:
     def draw() -> tuple[float, float, float]:
         return random.random(), float(np.random.rand()), float(torch.rand(()))

@@ -10,7 +10,7 @@ from llmga.config import RunConfig
 from llmga.records import Record, write_manifest
 from llmga.stage1.config import DataConfig, ModelConfig, SourceConfig, Stage1Config
 from llmga.stage1.data import build_datasets
-from llmga.stage1.preview import _histogram, _Measured, token_chips, write_preview
+from llmga.stage1.preview import PreviewError, _histogram, _Measured, token_chips, write_preview
 from llmga.tokens import IGNORE_INDEX
 from tests.toy import NUM_IMAGE_TOKENS, toy_processor
 
@@ -54,6 +54,13 @@ def test_the_page_is_one_file_and_the_run_folder_is_left_alone(cfg, page):
     assert not re.search(r"(src|href)=.?(https?:|//|file:)|@import|<script", page)
     assert page.count("data:image/png;base64,") >= 6
     assert not cfg.run.output_dir.exists()
+
+
+@pytest.mark.parametrize(("out", "said"), [("a_file/page.html", "a_file is a file"), (".", "is a folder, expected")])
+def test_a_page_that_cannot_be_written_is_told_before_anything_is_read(cfg, tmp_path, out, said):
+    (tmp_path / "a_file").touch()
+    with pytest.raises(PreviewError, match=f"the page cannot be written: .*{said}"):
+        write_preview(cfg, tmp_path / out, processor=object())
 
 
 def test_texts_by_people_are_shown_and_not_interpreted(page):
