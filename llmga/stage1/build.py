@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers import (
     AddedToken,
-    AutoConfig,
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
@@ -27,7 +26,14 @@ from llmga.stage1.added_tokens import give_rows, num_token_ids
 from llmga.stage1.chat_template import set_chat_template
 from llmga.stage1.families import FAMILIES
 from llmga.stage1.model import Mllm
-from llmga.stage1.model_checks import ModelError, has_class_token, read_settings, reading_weights, refuse_misfit
+from llmga.stage1.model_checks import (
+    ModelError,
+    check_head,
+    has_class_token,
+    read_model_config,
+    reading_weights,
+    refuse_misfit,
+)
 from llmga.stage1.pixels import PixelEncoder
 from llmga.stage1.projector import PROJECTOR_FILE
 from llmga.stage1.released_projector import find_projector, read_projector
@@ -179,20 +185,8 @@ def _projector(config: LlavaConfig, path: Path | None) -> nn.Module:
 # ---------------------------------------------------------------- the LLM
 
 
-def _read_part_config(folder: Path) -> Any:
-    read_settings(folder)  # transformers would blame the network for what is no JSON
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError) as error:  # a model_type that transformers does not know, or code of the folder's own
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(
-            f"{folder}/config.json: transformers cannot read it without code from outside ({reason}); "
-            "choose a model that transformers itself implements"
-        ) from error
-
-
 def _llm_config(folder: Path) -> Any:
-    config = _read_part_config(folder)
+    config = read_model_config(folder)
     if hasattr(config, "vision_config"):
         raise ModelError(
             f"{folder}/config.json: model_type {config.model_type!r} is a multimodal model, expected a causal LM; "
@@ -220,11 +214,7 @@ def _load_llm(folder: Path, config: Any) -> Any:
         raise ModelError(
             f"{folder}: the LLM's head is not one matrix, and a LLaVA has room for no other; choose another"
         )
-    if config.tie_word_embeddings and head.weight is not model.get_input_embeddings().weight:
-        raise ModelError(
-            f"{folder}/config.json: tie_word_embeddings is true, but the weights hold a head that differs from the "
-            "embedding; set it to false there"
-        )
+    check_head(folder, model)
     return model.eval()
 
 
@@ -280,7 +270,7 @@ def _check_same_logits(language: Any, model: LlavaForConditionalGeneration, fold
 
 
 def _vision_config(folder: Path) -> Any:
-    config = _read_part_config(folder)
+    config = read_model_config(folder)
     config = getattr(config, "vision_config", config)
     if not hasattr(config, "patch_size") or not hasattr(config, "image_size"):
         raise ModelError(

@@ -16,7 +16,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoProcessor,
     BitsAndBytesConfig,
@@ -32,11 +31,14 @@ from llmga.runtime import without_zero3
 from llmga.stage1.added_tokens import add_tag_tokens
 from llmga.stage1.model_checks import (
     ModelError,
+    check_head,
     check_picture_tokens,
     check_placeholder,
     explaining_attention,
     is_adapter,
+    read_model_config,
     read_settings,
+    reading_processor,
     reading_weights,
     refuse_misfit,
 )
@@ -128,7 +130,7 @@ def load_mllm(
         from llmga.stage1.lora import load_adapter  # which loads its base by this function
 
         return load_adapter(path, tags, attention, dtype)
-    config = read_config(path)
+    config, processor = read_config(path), load_processor(path)
     with reading_weights(path), explaining_attention(path, attention):
         model, info = LlavaForConditionalGeneration.from_pretrained(
             path,
@@ -140,7 +142,8 @@ def load_mllm(
             output_loading_info=True,
         )
     refuse_misfit(path, config, info)
-    mllm = Mllm(model, load_processor(path), tags or stored_tags(config))
+    check_head(path, model)
+    mllm = Mllm(model, processor, tags or stored_tags(config))
     check_placeholder(mllm, path)
     check_picture_tokens(mllm, path)
     return mllm
@@ -293,13 +296,15 @@ def read_config(path: Path) -> LlavaConfig:
     """
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json there; model.path must be a LLaVA folder in transformers' format")
-    model_type = read_settings(path).get("model_type")
-    if model_type != "llava":
+    settings = read_settings(path)
+    model_type, lacks = settings.get("model_type"), {"text_config", "vision_config"} - settings.keys()
+    if model_type != "llava" or lacks:  # where one is missing, transformers takes the sizes of a 7B model
+        without = f" without {min(lacks)}" if lacks else ""
         raise ModelError(
-            f"{path}/config.json: model_type is {model_type!r}, expected 'llava'; "
-            "convert original LLaVA and LLMGA checkpoints to transformers' format first; a plain LLM goes to model.llm"
+            f"{path}/config.json: model_type is {model_type!r}{without}, expected 'llava' by transformers; "
+            "convert original LLaVA and LLMGA checkpoints to its format first; a plain LLM goes to model.llm"
         )
-    return AutoConfig.from_pretrained(path)
+    return read_model_config(path)
 
 
 def load_processor(path: str | Path, added_tags: GenerationTags | None = None) -> LlavaProcessor:
@@ -309,11 +314,14 @@ def load_processor(path: str | Path, added_tags: GenerationTags | None = None) -
 
     Args:
         added_tags: made tokens of their own, as `add_generation_tags` does; None leaves the tokenizer as it is.
+    Raises:
+        ModelError: tokenizer or image processor are missing or damaged.
     """
-    processor = AutoProcessor.from_pretrained(path)
-    # A saved processor names the class without its backend and comes back as the torchvision one, up to 2/255 off.
-    # `backend` is not given to AutoProcessor: it would also be stored as the *tokenizer's* backend.
-    processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+    with reading_processor(Path(path)):
+        processor = AutoProcessor.from_pretrained(path)
+        # A saved processor names the class without its backend and comes back as the torchvision one, up to 2/255 off.
+        # `backend` is not given to AutoProcessor: it would also be stored as the *tokenizer's* backend.
+        processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
     if added_tags is not None:
         add_tag_tokens(processor.tokenizer, added_tags)
     return processor

@@ -7,8 +7,10 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
+from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from llmga.files import HEAD_BYTES, what_it_is
@@ -34,6 +36,23 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return read_object(folder / "config.json", ModelError, "save or download the model again")
 
 
+def read_model_config(folder: Path) -> Any:
+    """transformers' config of a model folder; nothing of the folder's own code is run.
+
+    Raises:
+        ModelError: the file is no JSON object, names a model that transformers does not have, or a value is no value.
+    """
+    read_settings(folder)  # transformers would blame the network for what is no JSON
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except StrictDataclassError as error:
+        reason, way_out = f"({_first_sentence(error)})", "save or download the model again"
+    except (ValueError, KeyError) as error:
+        reason = f"without code from outside ({_first_sentence(error)})"
+        way_out = "choose a model that transformers itself implements"
+    raise ModelError(f"{folder}/config.json: transformers cannot read it {reason}; {way_out}")
+
+
 def refuse_misfit(path: Path, config: Any, info: Mapping[str, Any], may_be_left_over: bool = False) -> None:
     """Raise unless every weight of a model came from its folder.
 
@@ -53,15 +72,41 @@ def refuse_misfit(path: Path, config: Any, info: Mapping[str, Any], may_be_left_
         return
     found = "; ".join(f"{len(names)} {kind}, first {names[0]}" for kind, names in problems.items())
     text = config.get_text_config()
+    kind = repr(config.model_type) + (f" with {text.model_type!r} in it" if text is not config else "")
     way_out = "convert or download the folder again"
     if "missing_keys" in problems and all(name.endswith("lm_head.weight") for name in problems["missing_keys"]):
         way_out = "if head and embedding are one in this model, set tie_word_embeddings to true there"
     resized = [item for item in info.get("mismatched_keys", ()) if "embed_tokens" in item[0] or "lm_head" in item[0]]
     if resized and len(resized) == len(problems.get("mismatched_keys", ())):
         way_out = f"the weights have {resized[0][1][0]} rows, so set vocab_size (now {text.vocab_size}) to that there"
-    raise ModelError(
-        f"{path}: the weights do not fit config.json, which says model_type {config.model_type!r} ({found}); {way_out}"
-    )
+    raise ModelError(f"{path}: the weights do not fit config.json, which says model_type {kind} ({found}); {way_out}")
+
+
+def check_head(path: Path, model: Any) -> None:
+    """A head that a config calls the embedding, but that has weights of its own, would be lost when it is saved."""
+    if model.config.tie_word_embeddings and model.get_output_embeddings().weight is not (
+        model.get_input_embeddings().weight
+    ):
+        raise ModelError(
+            f"{path}/config.json: tie_word_embeddings is true, but the weights hold a head that differs from the "
+            "embedding; set it to false there"
+        )
+
+
+@contextmanager
+def reading_processor(folder: Path) -> Iterator[None]:
+    """Let transformers load tokenizer and image processor, and say in one sentence what it says at length.
+
+    Raises:
+        ModelError: they are missing or damaged.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{folder}: tokenizer and image processor cannot be loaded ({_first_sentence(error)}); "
+            "save or download the model again, with tokenizer.json and processor_config.json"
+        ) from error
 
 
 @contextmanager
@@ -101,7 +146,12 @@ def _why_unread(error: Exception) -> str:
     """The reason in a few words; torch's own would have files read without care."""
     if isinstance(error, UnpicklingError):
         return "a .bin file asks for more than tensors, which may be an attack; nothing of it was executed"
-    return str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") or "a file of weights ends too early"
+    return _first_sentence(error) or "a file of weights ends too early"
+
+
+def _first_sentence(error: Exception) -> str:
+    """Libraries say a lot; lines and spaces are made one."""
+    return " ".join(str(error).split()).split(". ")[0].rstrip(".:")
 
 
 @contextmanager

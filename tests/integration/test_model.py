@@ -210,6 +210,63 @@ def test_loading_refuses_a_folder_that_is_not_llava(saved: Path, tmp_path: Path)
         load_mllm(saved)
 
 
+def inner(part: str, **changes: object) -> Callable[[dict], dict]:
+    """What changes the settings of the LLM or the vision tower."""
+    return lambda config: config | {part: config[part] | changes}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda config: {k: v for k, v in config.items() if k != "text_config"}, "'llava' without text_config, expect"),
+        (lambda config: config | {"vision_config": [1]}, r"cannot read it \(.*'vision_config'.*\); save or download"),
+        (
+            inner("text_config", model_type="new"),
+            r"without code from outside \(Unrecognized model type.* new\); choose",
+        ),
+        (
+            inner("text_config", hidden_size="32"),
+            r"cannot read it \(.*'hidden_size' expected int.*\); save or download",
+        ),
+        (
+            inner("text_config", model_type="qwen2"),
+            r"which says model_type 'llava' with 'qwen2' in it \(6 missing_keys",
+        ),
+        (inner("text_config", vocab_size=270), r"the weights have 263 rows, so set vocab_size \(now 270\) to that"),
+        (lambda config: config | {"tie_word_embeddings": True}, "hold a head that differs .*; set it to false there"),
+    ],
+    ids=["no LLM", "a list", "unknown LLM", "no number", "other LLM", "odd embedding", "tied"],
+)
+def test_a_config_that_is_not_that_of_the_weights_is_one_sentence(
+    saved: Path, change: Callable[[dict], dict], reason: str
+) -> None:
+    """A head that is saved as tied would be lost; a config without sizes is that of a model of 7 billion weights."""
+    file = saved / "config.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(ModelError, match=reason) as raised:
+        load_mllm(saved)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", None),
+        ("tokenizer.json", "{"),
+        ("processor_config.json", None),
+        ("processor_config.json", "{"),
+    ],
+)
+def test_tokenizer_and_processor_are_looked_at_before_any_weights(saved: Path, name: str, content: str | None) -> None:
+    (saved / name).unlink() if content is None else (saved / name).write_text(content)
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(
+        ModelError, match=r"tokenizer and image processor cannot be loaded \(.*\); save or download"
+    ) as one:
+        load_mllm(saved)
+    assert "\n" not in str(one.value)
+
+
 def test_loading_refuses_a_placeholder_that_is_no_token(saved: Path) -> None:
     tokenizer = json.loads((saved / "tokenizer.json").read_text())
     tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] != "<image>"]

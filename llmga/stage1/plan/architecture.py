@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, LlavaConfig, LlavaForConditional
 from llmga.stage1.build import llava_config
 from llmga.stage1.config import ModelConfig, Stage1Config
 from llmga.stage1.model import read_config, set_trainable
-from llmga.stage1.model_checks import has_class_token, read_settings
+from llmga.stage1.model_checks import has_class_token, read_model_config
 
 PUBLISHED = Path(__file__).with_name("architectures.yaml")
 PARTS = ("vision tower", "projector", "LLM layers", "embeddings and head", "adapters")
@@ -104,8 +104,7 @@ def published(kind: str) -> dict[str, dict[str, Any]]:
 def _part(folder: Path, kind: str) -> tuple[Any, str]:
     """transformers' config of an LLM or a vision tower, and where its sizes come from."""
     if (folder / "config.json").is_file():
-        read_settings(folder)
-        config = AutoConfig.from_pretrained(folder)
+        config = read_model_config(folder)
         return getattr(config, "vision_config", config), f"sizes from {folder}/config.json"
     rows = published(kind)
     row = next((row for name, row in rows.items() if name.lower() == folder.name.lower()), None)
