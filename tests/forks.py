@@ -30,7 +30,14 @@ ROOT = Path(__file__).parents[1]
 FORKS = multiprocessing.get_context("forkserver")
 TOOLS = ["deepspeed", "torch.distributed.run"]
 HELPERS = ["tests.forks", "tests.toy_loop", "tests.toy_stage2", "tests.e2e.stage1_run"]
-RELEASES = ["llmga.release.export", "llmga.release.pull", "llmga.stage2.sample", "llmga.diffrir.network", "peft"]
+RELEASES = [
+    "llmga.release.export",
+    "llmga.release.pull",
+    "llmga.stage1.lora",
+    "llmga.stage2.sample",
+    "llmga.diffrir.network",
+]
+RELEASES += ["diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"]
 SERVE = "import socket, sys; from tests import forks; forks.serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])"
 FORKS.set_forkserver_preload(["llmga.stage1.train", "llmga.stage2.train", "llmga.diffrir.train", *TOOLS, *HELPERS])
 
