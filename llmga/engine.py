@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin
 
 from llmga.config import OptimConfig, RunConfig
@@ -43,11 +44,15 @@ def deepspeed_settings(path: Path) -> dict[str, Any]:
 def build_accelerator(run: RunConfig, optim: OptimConfig, world_size: int) -> Accelerator:
     """accelerate's door to devices, precision, DDP, DeepSpeed and trackers, for `llmga.loop`.
 
+    What an earlier run of this process chose is forgotten, as transformers' Trainer forgets it: accelerate would refuse
+    another precision.
+
     Raises:
         RuntimeSetupError: a DeepSpeed file that spreads the weights themselves (ZeRO-3).
     """
     if run.precision == "bf16" and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    AcceleratorState._reset_state()
     return Accelerator(
         mixed_precision="bf16" if run.precision == "bf16" else "no",
         gradient_accumulation_steps=1,  # the loop counts its own forward passes

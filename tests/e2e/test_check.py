@@ -45,7 +45,14 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(manifest: Path, out: Path) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "llmga", "check", str(manifest), "--out", str(out), "--workers", "2"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background ignores it
+    )
 
 
 def pictures_done(out: Path) -> int:

@@ -79,6 +79,11 @@ def test_loading_workers_change_nothing(unbroken: Path, tmp_path: Path) -> None:
     assert losses(folder) == losses(unbroken)
 
 
+def test_a_run_may_follow_one_of_another_precision(unbroken: Path, tmp_path: Path) -> None:
+    train(settings(tmp_path / "half", precision="bf16"))
+    assert losses(train(settings(tmp_path / "run")).parent) == losses(unbroken) != losses(tmp_path / "half")
+
+
 def test_accumulation_sums_up_to_the_larger_batch(tmp_path: Path) -> None:
     one = train(settings(tmp_path / "one", batch_size=4, accumulation_steps=1, max_steps=1, ema=False)).parent
     weights = load_file(one / "checkpoint-1" / "net.safetensors")
