@@ -1,6 +1,6 @@
 """Guards recording: rows to prompts through a real server or a model, nothing lost, nothing done twice.
 
-Run: pytest tests/unit/test_record.py
+Run: pytest tests/integration/test_record.py
 """
 
 import json

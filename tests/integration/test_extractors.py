@@ -1,6 +1,6 @@
 """Pictures to features: one interface, exact rules, no silent random network.
 
-Run: pytest tests/unit/test_extractors.py
+Run: pytest tests/integration/test_extractors.py
 """
 
 from hashlib import sha256

@@ -1,10 +1,11 @@
 """Guards the encoder object: a prompt's picture depends on that prompt alone, negatives fit, stock pipelines agree.
 
-Run: pytest tests/unit/test_prompt_encoder.py
+Run: pytest tests/integration/test_prompt_encoder.py
 """
 
 import logging
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -290,3 +291,16 @@ def test_a_pair_gives_pipelines_no_pooled_vector_that_does_not_exist(sd: LongPro
         "prompt_embeds",
         "negative_prompt_embeds",
     }
+
+
+@pytest.mark.parametrize("pad_token", ["<|endoftext|>", "!"])
+def test_the_saved_tokenizer_folder_is_a_standard_one(tmp_path: Path, pad_token: str) -> None:
+    from transformers import AutoTokenizer, CLIPTokenizer
+
+    built = clip_tokenizer(pad_token)
+    built.save_pretrained(tmp_path)
+    texts = ["A weathered boat, it's 3.14!!", "ok?!  naïve 😀", "", "don't <|endoftext|> stop"]
+    for loaded in (CLIPTokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
+        assert loaded(texts).input_ids == built(texts).input_ids
+        assert (loaded.pad_token_id, loaded.model_max_length) == (built.pad_token_id, 77)
+    assert built.pad_token_id == {"!": 0, "<|endoftext|>": 49407}[pad_token]
