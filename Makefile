@@ -119,7 +119,7 @@ test: install  ## run the whole test suite
 
 .PHONY: unit
 unit: install  ## run the unit tests, in about a minute
-	$(PY) -m pytest tests/unit -n 2 --dist loadfile $(ARGS)
+	$(PY) -m pytest tests/unit -n 2 --dist worksteal $(ARGS)
 
 .PHONY: check
 check: install  ## format, lint, types, import contract

@@ -106,7 +106,7 @@ def tests(clone: Path) -> dict[str, object]:
     """The unit tests, then the whole suite."""
     results = {}
     for target in ("unit", "test"):
-        ended = run("make", target, folder=clone)
+        ended = run("make", target, "ARGS=--durations=40", folder=clone)
         results[target] = {"seconds": ended.seconds, "printed": ended.lines[-1]}
     return results
 
