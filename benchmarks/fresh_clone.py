@@ -2,6 +2,7 @@
 
     python benchmarks/fresh_clone.py             # make stage1
     python benchmarks/fresh_clone.py --test      # then make unit and make test too
+    python benchmarks/fresh_clone.py --only tests    # these alone, in a clone of their own; the rest stays as it is
 
 Installing is timed by itself, since it depends on the network. Memory is the proportional share of all processes of
 the command together, looked at every second. The result goes to benchmarks/results/fresh_clone.json.
@@ -115,14 +116,18 @@ def main() -> None:
     """Clone, run, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--test", action="store_true", help="run the tests too")
+    parser.add_argument("--only", choices=("stage1", "tests"), help="measure this; the rest stays as it is")
     parser.add_argument("--note", default="quiet", help="what else a reader should know of the machine")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fresh-clone-") as folder:
         subprocess.run(["git", "clone", "--quiet", str(ROOT), folder], check=True)
-        command = "python benchmarks/fresh_clone.py" + (" --test" if options.test else "")
-        result = {"command": command, "machine": machine_in_words(note=options.note), "stage1": stage1(Path(folder))}
-        if options.test:
+        result = json.loads(options.out.read_text(encoding="utf-8")) if options.only else {}
+        result["command"] = "python benchmarks/fresh_clone.py --test"
+        result["machine"] = machine_in_words(note=options.note)
+        if options.only != "tests":
+            result["stage1"] = stage1(Path(folder))
+        if options.test or options.only == "tests":
             result["tests"] = tests(Path(folder))
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"written to {options.out}")

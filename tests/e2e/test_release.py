@@ -63,9 +63,9 @@ def check_loading(server: HubServer, cfg: str, overrides: list[str], out: Path, 
     code, said = run(server, "-m", "llmga", "release", cfg, *overrides, cold=cold)
     assert code == 0 and "equal bit for bit" in said and "in one commit" in said, said
     repo = next(word.removeprefix("repo=") for word in overrides if word.startswith("repo="))
-    code, said = run(server, "-m", "llmga", "pull", repo, "--out", str(out), cold=cold)
+    code, said = run(server, "-m", "llmga", "pull", repo, "--out", str(out))
     assert code == 0 and "checked by their hashes" in said, said
-    code, said = run(server, "-c", loading_code(out / "README.md") + "\n" + test, cold=cold)
+    code, said = run(server, "-c", loading_code(out / "README.md") + "\n" + test)
     assert code == 0 and "it works" in said, said
 
 
@@ -120,10 +120,8 @@ def test_a_pipeline_and_a_restorer_go_out_and_come_back(server: HubServer, tmp_p
 def test_a_refused_token_is_one_sentence_and_exit_code_1(server: HubServer, tmp_path: Path) -> None:
     server.faults = [Fault("GET", "/api/whoami", 401, 1)]
     overrides = ["repo=me/late", f"export_dir={tmp_path / 'out'}"]
-    code, said = run(server, "-m", "llmga", "release", TOY, *overrides, cold=True)
+    code, said = run(server, "-m", "llmga", "release", TOY, *overrides)
     assert code == 1 and said.splitlines()[-1].startswith(
         "cannot ask who the token belongs to: the Hub does not accept"
     )
-    assert (
-        "me/late" not in server.repos and "llmga/cli.py" not in said
-    )  # the Hub's library, told to be wordy, shows a trace of its own
+    assert "me/late" not in server.repos and "llmga/cli.py" not in said
