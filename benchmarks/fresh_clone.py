@@ -104,7 +104,8 @@ def stage1(clone: Path) -> dict[str, object]:
 
 
 def tests(clone: Path) -> dict[str, object]:
-    """The unit tests, then the whole suite."""
+    """The unit tests, then the whole suite; what they need is there."""
+    run("make", "install", folder=clone)
     results = {}
     for target in ("unit", "test"):
         ended = run("make", target, "ARGS=--durations=40", folder=clone)
