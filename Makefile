@@ -118,7 +118,7 @@ test: install  ## run the whole test suite
 	$(PY) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .PHONY: unit
-unit: install  ## run the unit tests, in about a minute
+unit: install  ## run the unit tests, in less than a minute
 	$(PY) -m pytest tests/unit -n 2 --dist worksteal $(ARGS)
 
 .PHONY: check

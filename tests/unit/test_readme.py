@@ -41,6 +41,17 @@ def test_questions_named_as_at_chance_are_those_where_neither_model_is_surely_ab
     assert (int(named[1]), int(named[2])) == (round(min(values)), round(max(values)))
 
 
+def test_what_a_newcomer_is_told_was_printed_by_a_fresh_clone() -> None:
+    seen = json.loads((ROOT / "benchmarks/results/fresh_clone.json").read_text(encoding="utf-8"))
+    [block] = re.findall(r"```\n(setup: .*?)```", README, flags=re.DOTALL)
+    assert [line for line in block.splitlines() if line != "..."] == seen["stage1"]["printed"]
+    minutes, peak_gb = seen["stage1"]["data_and_training_s"] / 60, seen["stage1"]["peak_gb"]
+    assert f"{minutes:.1f} minutes and {peak_gb:.1f} GB of memory" in " ".join(README.split())
+    assert minutes < 10 and peak_gb < 4
+    assert f"{seen['tests']['test']['seconds'] / 60:.0f} minutes" in README
+    assert seen["tests"]["test"]["seconds"] < 600 and seen["tests"]["unit"]["seconds"] < 60
+
+
 def test_every_link_leads_to_a_file() -> None:
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")):
