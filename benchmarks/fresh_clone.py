@@ -83,9 +83,8 @@ def _memory_gb(pid: int) -> float:
     return total / 1e9
 
 
-def stage1(clone: Path) -> dict[str, object]:
-    """`make stage1` from nothing: installing first, then data and training."""
-    installed = run("make", "install", folder=clone)
+def stage1(clone: Path, installed: Ended) -> dict[str, object]:
+    """Data and training."""
     trained = run("make", "stage1", folder=clone)
     steps = [line for line in trained.lines if line.startswith("step ")]
     first = trained.lines.index(next(line for line in trained.lines if line.endswith("are frozen")))
@@ -104,8 +103,7 @@ def stage1(clone: Path) -> dict[str, object]:
 
 
 def tests(clone: Path) -> dict[str, object]:
-    """The unit tests, then the whole suite; what they need is there."""
-    run("make", "install", folder=clone)
+    """The unit tests, then the whole suite."""
     results = {}
     for target in ("unit", "test"):
         ended = run("make", target, "ARGS=--durations=40", folder=clone)
@@ -126,8 +124,9 @@ def main() -> None:
         result = json.loads(options.out.read_text(encoding="utf-8")) if options.only else {}
         result["command"] = "python benchmarks/fresh_clone.py --test"
         result["machine"] = machine_in_words(note=options.note)
+        installed = run("make", "install", folder=Path(folder))
         if options.only != "tests":
-            result["stage1"] = stage1(Path(folder))
+            result["stage1"] = stage1(Path(folder), installed)
         if options.test or options.only == "tests":
             result["tests"] = tests(Path(folder))
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -36,8 +36,8 @@ RELEASES = [
     "llmga.stage1.lora",
     "llmga.stage2.sample",
     "llmga.diffrir.network",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
 ]
-RELEASES += ["diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"]
 SERVE = "import socket, sys; from tests import forks; forks.serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])"
 FORKS.set_forkserver_preload(["llmga.stage1.train", "llmga.stage2.train", "llmga.diffrir.train", *TOOLS, *HELPERS])
 

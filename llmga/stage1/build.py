@@ -29,6 +29,7 @@ from llmga.stage1.model import Mllm
 from llmga.stage1.model_checks import (
     ModelError,
     check_head,
+    first_sentence,
     has_class_token,
     read_model_config,
     reading_weights,
@@ -223,7 +224,7 @@ def _load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_sentence(error)
         raise ModelError(f"{folder}: the tokenizer cannot be loaded ({reason}); download its files again") from error
     files = {*ANY_TOKENIZER, *tokenizer.vocab_files_names.values()}
     if not any((folder / name).is_file() for name in files):  # transformers would make an empty one
@@ -300,7 +301,7 @@ def _load_image_processor(folder: Path, image_size: int) -> Any:
     try:
         image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_sentence(error)
         raise ModelError(f"{folder}: no image processor there ({reason}); add its preprocessor_config.json") from error
     shape = PixelEncoder(image_processor).shape
     if shape != (3, image_size, image_size):

@@ -46,9 +46,9 @@ def read_model_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder)
     except StrictDataclassError as error:
-        reason, way_out = f"({_first_sentence(error)})", "save or download the model again"
+        reason, way_out = f"({first_sentence(error)})", "save or download the model again"
     except (ValueError, KeyError) as error:
-        reason = f"without code from outside ({_first_sentence(error)})"
+        reason = f"without code from outside ({first_sentence(error)})"
         way_out = "choose a model that transformers itself implements"
     raise ModelError(f"{folder}/config.json: transformers cannot read it {reason}; {way_out}")
 
@@ -104,7 +104,7 @@ def reading_processor(folder: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"{folder}: tokenizer and image processor cannot be loaded ({_first_sentence(error)}); "
+            f"{folder}: tokenizer and image processor cannot be loaded ({first_sentence(error)}); "
             "save or download the model again, with tokenizer.json and processor_config.json"
         ) from error
 
@@ -146,10 +146,10 @@ def _why_unread(error: Exception) -> str:
     """The reason in a few words; torch's own would have files read without care."""
     if isinstance(error, UnpicklingError):
         return "a .bin file asks for more than tensors, which may be an attack; nothing of it was executed"
-    return _first_sentence(error) or "a file of weights ends too early"
+    return first_sentence(error) or "a file of weights ends too early"
 
 
-def _first_sentence(error: Exception) -> str:
+def first_sentence(error: Exception) -> str:
     """Libraries say a lot; lines and spaces are made one."""
     return " ".join(str(error).split()).split(". ")[0].rstrip(".:")
 

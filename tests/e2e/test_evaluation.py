@@ -20,7 +20,7 @@ from tests.toy_evaluation import RANDOM_NETWORK, perfect, refinement_rows, setti
 
 REPOSITORY = Path(__file__).parents[2]
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
-COUNT = 20
+COUNT = 40
 
 
 def start(*arguments: str | Path, python: str | None = None) -> subprocess.Popen[str]:
