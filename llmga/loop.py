@@ -29,7 +29,7 @@ from llmga.config import dump_config
 from llmga.engine import build_accelerator, engine_name
 from llmga.learner import Learner
 from llmga.loop_figures import LoopFigures
-from llmga.memory import explaining_memory
+from llmga.memory import explaining_memory, lost_worker
 from llmga.nodes.preflight import start_together
 from llmga.non_finite import BAD_GRADIENT, save_and_stop
 from llmga.provenance import made_with, write_provenance
@@ -37,7 +37,6 @@ from llmga.run_folder import RunFolder, check_fits, explaining_full_disk, way_on
 from llmga.runtime import (
     Interrupted,
     Ranks,
-    RunFailed,
     StopSignal,
     any_rank,
     barrier,
@@ -284,13 +283,8 @@ class _Loop:
     def _next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
         try:
             return next(batches)
-        except (RuntimeError, ConnectionError, EOFError) as error:  # a worker's own errors keep their type
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error).split(":")[0]:
-                raise
-            raise RunFailed(
-                "a loading worker was killed, most often for lack of memory; lower run.num_workers, or give the "
-                f"machine more; {way_on(self.place.run)}"
-            ) from error
+        except (ConnectionError, EOFError) as error:  # its end of the pipe is closed
+            raise lost_worker(self.cfg.run) from error
 
     # ---------------------------------------------------------------- state
 

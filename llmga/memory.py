@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from llmga.config import RunConfig
+from llmga.run_folder import RunFolder, way_on
 from llmga.runtime import RunFailed
 
 _CPU_TEXT = "DefaultCPUAllocator"
@@ -15,16 +16,28 @@ _CPU_TEXT = "DefaultCPUAllocator"
 def explaining_memory(run: RunConfig) -> Iterator[None]:
     """Turn a device's or machine's refusal to give more memory into advice.
 
+    The machine refuses by killing a loading worker; PyTorch tells of it from a signal handler, so anywhere in a step.
+
     Raises:
         RunFailed: instead of PyTorch's own error.
     """
     try:
         yield
     except RuntimeError as error:
+        if str(error).startswith("DataLoader worker"):  # a worker's own errors keep their type
+            raise lost_worker(run) from error
         if not isinstance(error, torch.OutOfMemoryError) and _CPU_TEXT not in str(error):
             raise
         reason = next(iter(str(error).splitlines()), "out of memory")
         raise RunFailed(f"out of memory ({reason:.160}); try {memory_advice(run)}") from error
+
+
+def lost_worker(run: RunConfig) -> RunFailed:
+    """The error of a run whose loading worker is gone."""
+    return RunFailed(
+        "a loading worker was killed, most often for lack of memory; lower run.num_workers, or give the machine more; "
+        f"{way_on(RunFolder(run.output_dir))}"
+    )
 
 
 def memory_advice(run: RunConfig) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class ToyLoopConfig:
     kill_at: int | None = None  # example whose loading kills the process
     term_at: int | None = None  # example whose loading asks the process to stop
     memory_at: int | None = None  # example whose forward pass finds no memory
+    seconds: float = 0.0  # that each forward pass takes longer
 
 
 class Noisy:
@@ -71,6 +73,7 @@ def build(cfg: ToyLoopConfig, place: Place) -> Job:
     def predict_loss(wrapped: nn.Module, batch: dict[str, Any]) -> Any:
         if cfg.memory_at is not None and cfg.memory_at in batch["index"]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        time.sleep(cfg.seconds)
         predicted = wrapped(batch["point"]).squeeze(1)
         seen["predicted"] = predicted.detach()
         error = nn.functional.mse_loss(predicted, batch["answer"])

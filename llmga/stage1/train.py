@@ -21,6 +21,7 @@ from llmga.bad_samples import BAD_SAMPLES_FILE, BadSampleBudget
 from llmga.checkpoint import checkpoint_step, read_marker
 from llmga.config import dump_config, paths_in
 from llmga.engine import engine_name
+from llmga.memory import explaining_memory
 from llmga.mixture import Mixture, rows_per_epoch
 from llmga.muon import Muon
 from llmga.nodes.preflight import start_together
@@ -89,7 +90,7 @@ def train(cfg: Stage1Config) -> Path:
         The finished model's folder, `final/` in the run folder. A run that is finished already returns at once.
     Raises:
         Interrupted: stopped by a signal, with the state saved.
-        RunFailed: a loss that is not finite, a full disk, too many bad samples.
+        RunFailed: a loss that is not finite, a full disk, too little memory, too many bad samples.
         ValueError: settings, data, model or checkpoint do not fit each other; the message says what to change.
     """
     # Setup
@@ -158,7 +159,7 @@ def _train(job: _Job) -> Path:
     # Run
     if job.signals.agreed():
         raise Interrupted(f"stopped by {job.signals.received} before the first step; {way_on(run)}")
-    with progress, explaining_full_disk(run):
+    with progress, explaining_full_disk(run), explaining_memory(cfg.run):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     step = trainer.state.global_step
     if step < total_steps:

@@ -89,9 +89,10 @@ def test_killed_without_warning_it_resumes_exactly(alone: Path, tmp_path: Path) 
     assert_same_weights(folder, alone, 0)
 
 
-def test_a_killed_loading_worker_is_one_sentence(alone: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("seconds", [0.0, 0.5])  # the longer the steps, the surer one is under way
+def test_a_killed_loading_worker_is_one_sentence(seconds: float, alone: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    assert run_processes(folder, {"num_workers": 1}, kill_at=17) == [1]
+    assert run_processes(folder, {"num_workers": 1}, kill_at=17, seconds=seconds) == [1]
     assert "RunFailed: a loading worker was killed" in folder.with_name("stderr.txt").read_text()
     assert run_processes(folder, {"num_workers": 1}) == [0]
     assert losses(folder) == losses(alone)

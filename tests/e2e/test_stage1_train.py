@@ -5,6 +5,7 @@ Run: pytest tests/e2e/test_stage1_train.py
 """
 
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -29,7 +30,7 @@ from llmga.runtime import RunFailed
 from llmga.stage1.config import Stage1Config
 from llmga.stage1.model import read_picture_shape
 from llmga.stage1.train import train
-from tests.e2e.stage1_run import lines, losses, make_inputs, sample_ids, start, wait_for, weights
+from tests.e2e.stage1_run import PATIENCE, lines, losses, make_inputs, sample_ids, start, wait_for, weights
 from tests.toy import IMAGE_SIZE_PX
 
 pytestmark = pytest.mark.e2e
@@ -39,16 +40,20 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_in_step_4() -> None:
+def in_step_4(happens: Callable[[], None]) -> None:
     make_step, steps = torch.optim.AdamW.step, []
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         steps.append(1)
         if len(steps) == 4:
-            die()
+            happens()
         return make_step(self, *args, **kwargs)
 
     torch.optim.AdamW.step = step
+
+
+def die_in_step_4() -> None:
+    in_step_4(die)
 
 
 def die_while_saving_step_4() -> None:
@@ -324,15 +329,10 @@ def test_a_signal_to_the_whole_group_saves_and_exits_130(settings: Path, unbroke
 
 
 def fill_the_disk_in_step_4() -> None:
-    make_step, steps = torch.optim.AdamW.step, []
+    def let_no_file_grow() -> None:  # past what the logs need
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        steps.append(1)
-        if len(steps) == 4:  # from here on no file may grow past what the logs need
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-        return make_step(self, *args, **kwargs)
-
-    torch.optim.AdamW.step = step
+    in_step_4(let_no_file_grow)
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(settings: Path, unbroken: Path, elsewhere: str) -> None:
@@ -345,6 +345,36 @@ def test_a_full_disk_leaves_the_previous_checkpoint(settings: Path, unbroken: Pa
     assert is_complete(folder / "checkpoint-2") and not (folder / "checkpoint-4").exists()
     train_here(settings, elsewhere)
     assert_same_result(folder, unbroken)
+
+
+def find_no_memory_in_step_4() -> None:
+    def refuse() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    in_step_4(refuse)
+
+
+def lose_a_loading_worker_in_step_4() -> None:
+    def kill_and_wait() -> None:
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        time.sleep(PATIENCE)  # until the signal of its death
+
+    in_step_4(kill_and_wait)
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "workers", "sentence"),
+    [
+        (find_no_memory_in_step_4, 0, r"out of memory .*run\.batch_size=1 run\.accumulation_steps=2"),
+        (lose_a_loading_worker_in_step_4, 1, r"a loading worker was killed.*checkpoint-2 is complete"),
+    ],
+)
+def test_too_little_memory_is_one_sentence(
+    settings: Path, elsewhere: str, sabotage: Callable[[], None], workers: int, sentence: str
+) -> None:
+    started = start(settings, elsewhere, f"run.num_workers={workers}", sabotage=sabotage)
+    assert started.wait() == [EXIT_FAILED], started.said()
+    assert re.search(sentence, started.said()) and "Traceback" not in started.said()
 
 
 def test_an_incomplete_checkpoint_is_ignored_and_a_misfit_is_refused(
