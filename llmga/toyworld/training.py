@@ -110,6 +110,9 @@ def _moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tenso
 
     @torch.no_grad()
     def update(averages: list[Tensor], weights: list[Tensor], num_averaged: Tensor) -> None:
+        if not averages[0].is_floating_point():  # positions and counts, which do not learn
+            torch._foreach_copy_(averages, weights)
+            return
         count = int(num_averaged)
         torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + count) / (10 + count)))
 

@@ -33,11 +33,11 @@ from llmga.toyworld.unet import (
     widen_for_inpainting,
 )
 
-ONE_STEP = Schedule(steps=1, lr=1e-3, warmup=1)
+TWO_STEPS = Schedule(steps=2, lr=1e-3, warmup=1)
 TINY_TEXT = TextRecipe(hidden_size=16, num_layers=1, num_heads=2, num_captions=8, num_held_out=4, batch_size=4,
-                       schedule=ONE_STEP)  # fmt: skip
+                       schedule=TWO_STEPS)  # fmt: skip
 TINY_UNET = UnetRecipe(widths=(16, 16), num_heads=2, num_scenes=3, captions_per_scene=2, num_held_out=2, batch_size=2,
-                       schedule=ONE_STEP, inpainting=ONE_STEP)  # fmt: skip
+                       schedule=TWO_STEPS, inpainting=TWO_STEPS)  # fmt: skip
 
 
 def test_an_interrupted_run_gives_the_weights_of_an_unbroken_one(
@@ -120,12 +120,12 @@ def test_the_inpainting_twin_starts_as_its_base_and_sees_the_hole_in_grey() -> N
     torch.testing.assert_close(conditions[1, 1:], grey[0])
 
 
-def test_every_recipe_trains_a_step_in_the_standard_formats(tmp_path: Path) -> None:
+def test_every_recipe_trains_in_the_standard_formats(tmp_path: Path) -> None:
     from diffusers import AutoencoderKL
 
     lines: list[str] = []
     tower = build_tower(TowerRecipe(hidden_size=12, num_layers=1, num_heads=2))
-    recipe = AutoencoderRecipe(widths=(8, 8, 8, 8), batch_size=2, num_held_out=2, schedule=ONE_STEP)
+    recipe = AutoencoderRecipe(widths=(8, 8, 8, 8), batch_size=2, num_held_out=2, schedule=TWO_STEPS)
     autoencoder = train_autoencoder(recipe, tower, tmp_path / "a.pt", lines.append)
     latents = encode_pictures(autoencoder, draw(range(256)))
     assert latents.shape[1:] == (4, 8, 8) and 0.5 < latents.std() < 2
@@ -140,4 +140,4 @@ def test_every_recipe_trains_a_step_in_the_standard_formats(tmp_path: Path) -> N
         unet = widen_for_inpainting(unet) if inpainting else unet
         unet = train_unet(unet, prepared, text_encoder, loaded, TINY_UNET, tmp_path / f"{inpainting}.pt", lines.append)
     assert [line.partition(":")[0] for line in lines] == ["autoencoder", "text encoder", "UNet", "inpainting UNet"]
-    assert all("step 1/1, loss " in line and "0 s left" in line for line in lines)
+    assert all("step 2/2, loss " in line and "0 s left" in line for line in lines)
