@@ -89,7 +89,7 @@ def make_unet(work: Path, state: Path):
 
     recipe, (autoencoder, text_encoder) = UnetRecipe(), frozen_parts(work)
     unet = build_unet(recipe, text_encoder.config.hidden_size)
-    latents = prepare_latents(recipe, autoencoder)
+    latents = prepare_latents(recipe, autoencoder, text_encoder)
     return train_unet(unet, latents, text_encoder, autoencoder, recipe, state, log)
 
 
@@ -101,7 +101,7 @@ def make_inpainting(work: Path, state: Path):
 
     recipe, (autoencoder, text_encoder) = UnetRecipe(), frozen_parts(work)
     unet = widen_for_inpainting(UNet2DConditionModel.from_pretrained(work / "unet"))
-    latents = prepare_latents(recipe, autoencoder, inpainting=True)
+    latents = prepare_latents(recipe, autoencoder, text_encoder, inpainting=True)
     return train_unet(unet, latents, text_encoder, autoencoder, recipe, state, log)
 
 

@@ -45,7 +45,7 @@ class TextRecipe:
     num_held_out: int = 512
     batch_size: int = 48
     seed: int = 0
-    schedule: Schedule = field(default_factory=lambda: Schedule(steps=1_000, lr=1.5e-3, matrix_lr=3e-3))
+    schedule: Schedule = field(default_factory=lambda: Schedule(steps=400, lr=1.5e-3, matrix_lr=3e-3))
 
 
 def build_text_encoder(recipe: TextRecipe) -> CLIPTextModel:

@@ -32,17 +32,21 @@ BRIEF_SHARE = 0.15
 class UnetRecipe:
     """Size and training; the defaults are those of the shipped `base`."""
 
-    widths: tuple[int, ...] = (96, 128)
+    widths: tuple[int, ...] = (64, 128)
     num_heads: int = 4
     layers_per_block: int = 1
     num_scenes: int = 16_000
     captions_per_scene: int = 4
     num_held_out: int = 48
-    batch_size: int = 32
+    batch_size: int = 64
     empty_share: float = 0.1
     seed: int = 0
-    schedule: Schedule = field(default_factory=lambda: Schedule(steps=3_000, lr=1.5e-3, report_every=500))
-    inpainting: Schedule = field(default_factory=lambda: Schedule(steps=600, lr=7e-4, report_every=300))
+    schedule: Schedule = field(
+        default_factory=lambda: Schedule(steps=4_000, lr=1.5e-3, matrix_lr=3e-3, report_every=250)
+    )
+    inpainting: Schedule = field(
+        default_factory=lambda: Schedule(steps=800, lr=7e-4, matrix_lr=1.5e-3, report_every=200)
+    )
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,14 @@ class Latents:
     Attributes:
         clean: (N, 4, 8, 8) scaled latents.
         conditions: (N, 5, 8, 8) mask and masked latents of the inpainting twin; None for text to image.
-        ids: (N, captions, 77) CLIP ids, padded.
+        states: (N, captions, 77, D) float16, what the text encoder says of the captions.
+        empty: (77, D) float16, what it says of no text.
     """
 
     clean: Tensor
     conditions: Tensor | None
-    ids: Tensor
+    states: Tensor
+    empty: Tensor
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -75,13 +81,15 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def build_unet(recipe: UnetRecipe, text_width: int) -> UNet2DConditionModel:
-    """Fresh weights; every level looks at the text."""
+    """Fresh weights; every level but the first looks at the text, for there each place is near enough to the border to
+    know where it is, and a look costs little.
+    """
     torch.manual_seed(recipe.seed)
-    levels = len(recipe.widths)
+    lower = len(recipe.widths) - 1
     return UNet2DConditionModel(
         sample_size=8,
-        down_block_types=["CrossAttnDownBlock2D"] * levels,
-        up_block_types=["CrossAttnUpBlock2D"] * levels,
+        down_block_types=["DownBlock2D", *["CrossAttnDownBlock2D"] * lower],
+        up_block_types=[*["CrossAttnUpBlock2D"] * lower, "UpBlock2D"],
         block_out_channels=recipe.widths,
         layers_per_block=recipe.layers_per_block,
         cross_attention_dim=text_width,
@@ -100,8 +108,10 @@ def widen_for_inpainting(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return twin
 
 
-def prepare_latents(recipe: UnetRecipe, autoencoder: AutoencoderKL, inpainting: bool = False) -> Latents:
-    """Latents and captions of the first scenes of the train split."""
+def prepare_latents(
+    recipe: UnetRecipe, autoencoder: AutoencoderKL, text_encoder: CLIPTextModel, inpainting: bool = False
+) -> Latents:
+    """Latents and captions' states of the first scenes of the train split; frozen parts need to look but once."""
     seeds = SPLITS["train"][: recipe.num_scenes]
     clean, conditions = [], []
     for part in batches(512, len(seeds)):
@@ -111,8 +121,17 @@ def prepare_latents(recipe: UnetRecipe, autoencoder: AutoencoderKL, inpainting: 
             holes = np.stack([random_mask(np.random.default_rng([1, seed]), 64, 64).hole for seed in seeds[part]])
             conditions.append(inpainting_conditions(autoencoder, pictures, holes))
     captions = [caption_of(seed, number).text for seed in seeds for number in range(recipe.captions_per_scene)]
-    ids = tokenize(captions).view(len(seeds), recipe.captions_per_scene, CLIP_WINDOW)
-    return Latents(torch.cat(clean), torch.cat(conditions) if inpainting else None, ids)
+    states = encode_texts(text_encoder, captions).unflatten(0, (len(seeds), recipe.captions_per_scene))
+    empty = encode_texts(text_encoder, [""])[0]
+    return Latents(torch.cat(clean), torch.cat(conditions) if inpainting else None, states, empty)
+
+
+@torch.no_grad()
+def encode_texts(text_encoder: CLIPTextModel, texts: Sequence[str]) -> Tensor:
+    """(N, 77, D) float16: what the text encoder says of each text's first window."""
+    text_encoder.eval().requires_grad_(False)
+    parts = [tokenize(texts[part]) for part in batches(256, len(texts))]
+    return torch.cat([text_encoder(ids).last_hidden_state.half() for ids in parts])
 
 
 def inpainting_conditions(autoencoder: AutoencoderKL, pictures: np.ndarray, holes: np.ndarray) -> Tensor:
@@ -145,15 +164,14 @@ def train_unet(
     log: Callable[[str], None],
 ) -> UNet2DConditionModel:
     """Train text to image, or inpainting where the latents have conditions; judged by the parser on held-out scenes."""
-    noise_scheduler, empty = build_scheduler(), tokenize([""])[0]
-    text_encoder.eval().requires_grad_(False)
+    noise_scheduler = build_scheduler()
     is_inpainting = latents.conditions is not None
 
     def loss_of_step(step: int) -> Tensor:
         rng, generator = np.random.default_rng([recipe.seed, step]), torch.Generator().manual_seed(step)
         rows = torch.from_numpy(rng.integers(0, len(latents.clean), recipe.batch_size))
-        ids = latents.ids[rows, torch.from_numpy(rng.integers(0, latents.ids.shape[1], len(rows)))]
-        ids[torch.from_numpy(rng.random(len(rows)) < recipe.empty_share)] = empty
+        states = latents.states[rows, torch.from_numpy(rng.integers(0, latents.states.shape[1], len(rows)))]
+        states[torch.from_numpy(rng.random(len(rows)) < recipe.empty_share)] = latents.empty
         clean = latents.clean[rows]
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = torch.randint(1_000, (len(rows),), generator=generator)
@@ -161,8 +179,7 @@ def train_unet(
         if latents.conditions is not None:
             noisy = torch.cat([noisy, latents.conditions[rows]], dim=1)
         with quick_arithmetic():
-            states = text_encoder(ids).last_hidden_state
-            predicted = unet(noisy, timesteps, states).sample
+            predicted = unet(noisy, timesteps, states.float()).sample
         return F.mse_loss(predicted.float(), noise_scheduler.get_velocity(clean, noise, timesteps))
 
     held_out = SPLITS["validation"][: recipe.num_held_out]

@@ -135,8 +135,8 @@ def test_every_recipe_trains_in_the_standard_formats(tmp_path: Path) -> None:
     text_encoder = train_text_encoder(TINY_TEXT, tmp_path / "t.pt", lines.append)
     unet = build_unet(TINY_UNET, 16)
     for inpainting in (False, True):
-        prepared = prepare_latents(TINY_UNET, loaded, inpainting)
-        assert prepared.ids.shape == (3, 2, 77) and (prepared.conditions is None) != inpainting
+        prepared = prepare_latents(TINY_UNET, loaded, text_encoder, inpainting)
+        assert prepared.states.shape == (3, 2, 77, 16) and (prepared.conditions is None) != inpainting
         unet = widen_for_inpainting(unet) if inpainting else unet
         unet = train_unet(unet, prepared, text_encoder, loaded, TINY_UNET, tmp_path / f"{inpainting}.pt", lines.append)
     assert [line.partition(":")[0] for line in lines] == ["autoencoder", "text encoder", "UNet", "inpainting UNet"]
