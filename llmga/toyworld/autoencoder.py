@@ -37,7 +37,7 @@ class AutoencoderRecipe:
     kl_weight: float = 1e-6
     num_held_out: int = 256
     seed: int = 0
-    schedule: Schedule = field(default_factory=lambda: Schedule(steps=800, lr=1.5e-3, matrix_lr=3e-3, ema_decay=0.99))
+    schedule: Schedule = field(default_factory=lambda: Schedule(steps=500, lr=1.5e-3, matrix_lr=3e-3, ema_decay=0.99))
 
 
 def build_autoencoder(recipe: AutoencoderRecipe) -> AutoencoderKL:

@@ -42,10 +42,10 @@ class UnetRecipe:
     empty_share: float = 0.1
     seed: int = 0
     schedule: Schedule = field(
-        default_factory=lambda: Schedule(steps=4_000, lr=1.5e-3, matrix_lr=3e-3, report_every=250)
+        default_factory=lambda: Schedule(steps=3_000, lr=1.5e-3, matrix_lr=3e-3, report_every=250)
     )
     inpainting: Schedule = field(
-        default_factory=lambda: Schedule(steps=800, lr=7e-4, matrix_lr=1.5e-3, report_every=200)
+        default_factory=lambda: Schedule(steps=600, lr=7e-4, matrix_lr=1.5e-3, report_every=200)
     )
 
 
