@@ -32,6 +32,9 @@ NEEDS_CACHE := $(if $(shell grep -slE '^cache:' $(CONFIG)),cache)
 # The toy data is built when a config reads it.
 TOY_DATA := data/toy/train.jsonl
 NEEDS_DATA := $(if $(shell grep -sl data/toy $(CONFIG)),$(TOY_DATA))
+# Its prompts are recorded when a config of stage 2 reads them and they are not there.
+TOY_PROMPTS := data/toy/recorded.jsonl
+NEEDS_PROMPTS := $(if $(shell grep -sl $(TOY_PROMPTS) $(CONFIG)),$(TOY_PROMPTS))
 
 .PHONY: help
 help:  ## list the commands
@@ -53,11 +56,11 @@ stage1: install $(NEEDS_DATA)  ## teach the MLLM to write generation prompts; to
 	@$(PY) $(LAUNCH) $(STAGE1)
 
 .PHONY: stage2
-stage2: install $(NEEDS_DATA) $(NEEDS_CACHE)  ## teach Stable Diffusion to follow long prompts; toy scale by default
+stage2: install $(NEEDS_DATA) $(NEEDS_PROMPTS) $(NEEDS_CACHE)  ## teach Stable Diffusion to follow long prompts; toy scale by default
 	@$(PY) $(LAUNCH) $(STAGE2)
 
 .PHONY: cache
-cache: install $(NEEDS_DATA)  ## make or mend the latents that CONFIG trains stage 2 from
+cache: install $(NEEDS_DATA) $(NEEDS_PROMPTS)  ## make or mend the latents that CONFIG trains stage 2 from
 	@$(PY) $(LAUNCH) $(CACHE)
 
 .PHONY: diffrir
@@ -82,10 +85,13 @@ preview: install $(NEEDS_DATA)  ## write a page of the examples that CONFIG trai
 
 # One recording, from one process or many: they share no port and never wait for each other.
 # The toy recording asks what `make stage1` made, where that is there, else the shipped tuned model.
-RECORD_MODEL := $(if $(filter configs/record/toy.yaml,$(CONFIG)),$(addprefix model=,$(wildcard runs/stage1_toy/final)))
+STAGE1_MODEL := $(addprefix model=,$(wildcard runs/stage1_toy/final))
 .PHONY: record
 record: install $(NEEDS_DATA)  ## have the MLLM write the prompt of every row of a manifest, for stage 2
-	@$(PY) $(LAUNCH) scripts/record_prompts.py $(CONFIG) $(RECORD_MODEL) $(ARGS)
+	@$(PY) $(LAUNCH) scripts/record_prompts.py $(CONFIG) $(if $(filter configs/record/toy.yaml,$(CONFIG)),$(STAGE1_MODEL)) $(ARGS)
+
+$(TOY_PROMPTS): | install $(TOY_DATA)
+	@$(PY) $(LAUNCH) scripts/record_prompts.py configs/record/toy.yaml $(STAGE1_MODEL)
 
 .PHONY: eval
 eval: install $(TOY_DATA)  ## measure what stage 1 learned, the base model beside the tuned one

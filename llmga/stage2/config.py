@@ -60,8 +60,12 @@ class SourceConfig:
     def _file_exists(self) -> str | None:
         if self.path.is_file():
             return None
-        toy = "; `llmga world` makes the toy data" if self.path.parts[:2] == ("data", "toy") else ""
-        return no_such_file(self.path) + toy
+        how = ""
+        if self.path.stem == "recorded" or self.path.parent.name == "recorded":
+            how = "; `make record` writes it"
+        elif self.path.parts[:2] == ("data", "toy"):
+            how = "; `llmga world` makes the toy data"
+        return no_such_file(self.path) + how
 
     @combination("image_root", machine=True)
     def _image_root_exists(self) -> str | None:

@@ -99,6 +99,19 @@ def test_recording_starts_with_its_own_settings_and_the_toy_one_with_what_stage1
     assert DATA_STEP not in other and "stage1_toy" not in other
 
 
+def test_stage2_records_the_toy_prompts_only_where_they_are_read_and_not_there_yet() -> None:
+    there = (REPOSITORY / "data/toy/recorded.jsonl").is_file()
+    for config in ("toy", "toy_inpainting"):
+        lines = dry_make("stage2", f"CONFIG=configs/stage2/{config}.yaml").stdout.strip().splitlines()
+        scripts = [
+            word for line in lines for word in line.split() if word.startswith("scripts/") and word.endswith(".py")
+        ]
+        recording = [] if there else ["scripts/record_prompts.py"]
+        assert scripts == [*recording, "scripts/cache_stage2.py", "scripts/train_stage2.py"]
+    other = dry_make("stage2", "CONFIG=configs/stage2/sd15_text_to_image.yaml").stdout
+    assert "record_prompts" not in other and DATA_STEP not in other
+
+
 def test_make_alone_lists_the_commands() -> None:
     listed = subprocess.run(["make"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
     commands = (
