@@ -36,16 +36,16 @@ class UnetRecipe:
     num_heads: int = 4
     layers_per_block: int = 1
     num_scenes: int = 16_000
-    captions_per_scene: int = 4
+    captions_per_scene: int = 2
     num_held_out: int = 48
     batch_size: int = 64
     empty_share: float = 0.1
     seed: int = 0
     schedule: Schedule = field(
-        default_factory=lambda: Schedule(steps=3_000, lr=1.5e-3, matrix_lr=3e-3, report_every=250)
+        default_factory=lambda: Schedule(steps=1_000, lr=1.5e-3, matrix_lr=3e-3, report_every=250)
     )
     inpainting: Schedule = field(
-        default_factory=lambda: Schedule(steps=600, lr=7e-4, matrix_lr=1.5e-3, report_every=200)
+        default_factory=lambda: Schedule(steps=400, lr=7e-4, matrix_lr=1.5e-3, report_every=200)
     )
 
 
