@@ -28,6 +28,9 @@ def run_evaluation(schema: type[Any], description: str | None, name: str) -> int
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings on top of the file's")
     parser.add_argument("--rank", type=int, help="number of this process, from 0; by default the launcher's")
     parser.add_argument("--world-size", type=int, help="how many processes there are")
+    parser.add_argument(
+        "--publish", type=Path, metavar="FOLDER", help="copy table and documents there when all is done"
+    )
     options = parser.parse_intermixed_args()
     if (options.rank is None) != (options.world_size is None):
         parser.error("--rank and --world-size go together")
@@ -38,6 +41,7 @@ def run_evaluation(schema: type[Any], description: str | None, name: str) -> int
 
 
 def _evaluate(config: Any, options: argparse.Namespace, name: str) -> int:
+    from llmga.evaluation.documents import publish
     from llmga.runtime import Interrupted, Ranks, RunFailed, ranks_from_environment, setup_logging
 
     ranks = ranks_from_environment()
@@ -55,6 +59,8 @@ def _evaluate(config: Any, options: argparse.Namespace, name: str) -> int:
         if not type(error).__module__.startswith("llmga."):
             raise  # nothing that we foresaw
         return tell(sentence_of(error), EXIT_BAD_INPUT)
+    if options.publish is not None and table is not None:
+        publish(config.out, options.publish)
     others = f"rank {ranks.rank} of {ranks.world_size} is done; others still paint or measure"
     sys.stdout.write((others if table is None else table) + "\n")
     return EXIT_OK

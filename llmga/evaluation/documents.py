@@ -77,6 +77,13 @@ def write_table(
     return text
 
 
+def publish(out: Path, folder: Path) -> None:
+    """Copy what an evaluation found, without its pictures and their scores."""
+    for path in [out / TABLE_FILE, out / COMPARISONS_FILE, *sorted(out.glob(f"*/{FILE}"))]:
+        if path.is_file():
+            atomic_write(folder / path.relative_to(out), path.read_text(encoding="utf-8"))
+
+
 def table(results: Sequence[Result], headers: Mapping[str, str]) -> str:
     """Results down, metrics across; metrics that nobody has are left out.
 

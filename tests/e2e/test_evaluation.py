@@ -64,7 +64,9 @@ def test_a_killed_process_is_taken_up_by_two_others(settings: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in painted.glob("[!.]*.png")}
     assert 3 <= len(before) < COUNT and not (settings.parent / "out/table.md").exists()
 
-    both = [start("eval/text_to_image.py", settings, "--rank", str(r), "--world-size", "2") for r in (0, 1)]
+    published = settings.parent / "published"
+    shared = ["--world-size", "2", "--publish", str(published)]
+    both = [start("eval/text_to_image.py", settings, "--rank", str(r), *shared) for r in (0, 1)]
     said = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert sorted("others still" in out for out, _ in said) in ([False, True], [False, False])
@@ -72,6 +74,10 @@ def test_a_killed_process_is_taken_up_by_two_others(settings: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in before} == before
     for name in ("ours-short", "ours-refined", "given-short", "given-refined"):
         assert read_result(settings.parent / "out" / name / "result.json").metric("attributes").n == COUNT
+        assert read_result(published / name / "result.json").metric("attributes").n == COUNT
+    assert sorted(path.name for path in published.rglob("*") if path.is_file()) == [
+        *("comparisons.json", *["result.json"] * 4, "table.md")
+    ]
 
 
 @pytest.mark.parametrize(
