@@ -7,6 +7,7 @@ knows every word and how words bind to places, and has never seen a second windo
     python scripts/make_toy_sd.py --stop-after unet     # autoencoder, text_encoder, unet, inpainting
     python scripts/make_toy_sd.py --measure             # what the parser reads on the test split, to report.json
     python scripts/make_toy_sd.py --ship llmga/toyworld/checkpoints/base    # pipelines sd and sd_inpainting, float16
+    python scripts/make_toy_sd.py --ship-tuned llmga/toyworld/checkpoints   # what stage 2 made of them, beside base/
 
 Each step is skipped when what it makes is there already; killed within one, the next call goes on where it was.
 """
@@ -27,6 +28,7 @@ from llmga.checkpoint import write_folder_atomically
 
 MLLM = Path("llmga/toyworld/checkpoints/base/mllm")
 STEPS = ("autoencoder", "text_encoder", "unet", "inpainting")
+TUNED_RUNS = {"sd": Path("runs/stage2_toy"), "sd_inpainting": Path("runs/stage2_toy_inpainting")}
 
 
 def main(arguments: list[str]) -> None:
@@ -36,7 +38,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--stop-after", choices=STEPS)
     parser.add_argument("--measure", action="store_true", help="measure what is there, on the test split")
     parser.add_argument("--ship", type=Path, metavar="FOLDER", help="put the finished pipelines there")
+    parser.add_argument("--ship-tuned", type=Path, metavar="FOLDER", help="put there what `make stage2` made of base/")
     options = parser.parse_args(arguments)
+    if options.ship_tuned is not None:
+        for name, run in TUNED_RUNS.items():
+            ship_tuned(run / "final", options.ship_tuned / "tuned" / name, options.ship_tuned / "base" / "sd")
+        return
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     makers = {
         "autoencoder": make_autoencoder,
@@ -157,9 +164,31 @@ def ship(work: Path, destination: Path, unet_name: str, shared: Path | None) -> 
     with write_folder_atomically(destination) as aside:
         pipeline.save_pretrained(aside)
         save_layout(aside, prompt_layout())
-        for part in ("vae", "text_encoder", "tokenizer") if shared is not None else ():
-            shutil.rmtree(aside / part)
-            (aside / part).symlink_to(os.path.relpath(shared / part, destination))
+        if shared is not None:
+            link_frozen_parts(aside, shared, destination)
+    tell_sizes(destination)
+
+
+def ship_tuned(final: Path, destination: Path, shared: Path) -> None:
+    """Copy a result of stage 2 with its UNet in float16; what it left as it was are links to the parts of `shared`."""
+    from diffusers import UNet2DConditionModel
+
+    with write_folder_atomically(destination) as aside:
+        shutil.copytree(final, aside, dirs_exist_ok=True, ignore=shutil.ignore_patterns("unet"))
+        UNet2DConditionModel.from_pretrained(final / "unet").half().save_pretrained(aside / "unet")
+        link_frozen_parts(aside, shared, destination)
+    tell_sizes(destination)
+
+
+def link_frozen_parts(aside: Path, shared: Path, destination: Path) -> None:
+    """Put links in the place of parts that several pipelines have in common."""
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.rmtree(aside / part)
+        (aside / part).symlink_to(os.path.relpath(shared / part, destination))
+
+
+def tell_sizes(destination: Path) -> None:
+    """Log how large a shipped pipeline is."""
     sizes = [file.stat().st_size for file in destination.rglob("*") if file.is_file() and not file.is_symlink()]
     log(f"shipped {destination}: {sum(sizes) / 2**20:.1f} MiB, largest file {max(sizes) / 2**20:.1f} MiB")
 

@@ -41,9 +41,7 @@ class UnetRecipe:
     batch_size: int = 64
     empty_share: float = 0.1
     seed: int = 0
-    schedule: Schedule = field(
-        default_factory=lambda: Schedule(steps=1_000, lr=1.5e-3, matrix_lr=3e-3, report_every=250)
-    )
+    schedule: Schedule = field(default_factory=lambda: Schedule(steps=600, lr=1.5e-3, matrix_lr=3e-3, report_every=200))
     inpainting: Schedule = field(
         default_factory=lambda: Schedule(steps=400, lr=7e-4, matrix_lr=1.5e-3, report_every=200)
     )
