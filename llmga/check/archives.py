@@ -21,6 +21,11 @@ class Archive:
     path: Path
     sha256: str
 
+    @property
+    def begun_paths(self) -> list[Path]:
+        """Where the usual tools keep a download of it that is not finished."""
+        return [self.path.with_name(self.path.name + suffix) for suffix in _PARTIAL]
+
 
 def read_archive_list(path: Path) -> list[Archive]:
     """The archives of a list as `sha256sum` writes it; names count from the list's folder.
@@ -48,8 +53,7 @@ def check_archive(archive: Archive) -> Problem | None:
     """Whether an archive is there, whole and the published one."""
     path = archive.path
     if not path.is_file():
-        partial = [path.with_name(path.name + suffix) for suffix in _PARTIAL]
-        begun = next((other for other in partial if other.is_file()), None)
+        begun = next((other for other in archive.begun_paths if other.is_file()), None)
         begun_text = f"; {begun.name} is a download of {begun.stat().st_size:,} bytes to go on with" if begun else ""
         return Problem("archive_missing", f"{path} does not exist{begun_text}")
     if (found := sha256(path)) != archive.sha256:

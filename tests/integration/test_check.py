@@ -8,6 +8,7 @@ python -m pytest tests/integration/test_check.py
 
 import json
 import os
+import shutil
 import tracemalloc
 from collections.abc import Sequence
 from dataclasses import replace
@@ -368,6 +369,53 @@ def test_an_unfinished_check_of_other_files_or_settings_starts_anew(tmp_path: Pa
     assert not resumed(min_side=65)
     state.write_bytes(b"no database")
     assert not resumed(min_side=65)
+
+
+def unfinished(manifest: Path, out: Path, **options: object) -> tuple[bool, list[str]]:
+    """Run a check up to its report; whether it went on from another one, and the details of what it found."""
+    checked = run_check(CheckSettings(manifest, out=out, workers=1, **options))  # type: ignore[arg-type]
+    found = [detail for (detail,) in checked.store.rows("SELECT detail FROM findings ORDER BY detail")]
+    checked.store.close()
+    return checked.store.resumed, found
+
+
+def test_an_archive_that_arrived_meanwhile_is_looked_at(tmp_path: Path) -> None:
+    manifest = data_set(tmp_path / "set", row(), pictures={"a.jpg": photo()})
+    sums, archive = tmp_path / "SHA256SUMS", tmp_path / "pictures.zip"
+    sums.write_text(f"{sha256(b'whole').hexdigest()}  pictures.zip\n")
+
+    def found() -> tuple[bool, list[str]]:
+        return unfinished(manifest, tmp_path / "out", archives=sums)
+
+    missing = [f"{archive} does not exist"]
+    assert [found(), found()] == [(False, missing), (True, missing)]
+    (tmp_path / "pictures.zip.part").write_bytes(b"who")
+    begun = [f"{archive} does not exist; pictures.zip.part is a download of 3 bytes to go on with"]
+    assert [found(), found()] == [(False, begun), (True, begun)]
+    archive.write_bytes(b"whole")
+    assert [found(), found()] == [(False, []), (True, [])]
+    sums.write_text(f"{sha256(b'other').hexdigest()}  pictures.zip\n")
+    resumed, [differs] = found()
+    assert not resumed and "expected " + sha256(b"other").hexdigest() in differs
+
+
+def test_a_picture_that_joined_the_reference_set_is_compared(tmp_path: Path) -> None:
+    manifest = data_set(tmp_path / "set", row(), pictures={"a.jpg": photo()})
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    photo(1).save(reference / "other.jpg")
+
+    def resumed() -> bool:
+        return unfinished(manifest, tmp_path / "out", reference=reference)[0]
+
+    assert [resumed(), resumed()] == [False, True]
+    shutil.copyfile(tmp_path / "set" / "a.jpg", reference / "same.jpg")
+    assert not resumed()
+    result = check(manifest, tmp_path / "out", reference=reference)
+    assert len(result.of("in_reference")) == 1
+    assert [resumed(), resumed()] == [False, True]
+    photo(2).save(reference / "same.jpg")  # the same name and another picture
+    assert not resumed()
 
 
 def die_at_seven(items: Sequence[int]) -> list[int]:
