@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlavaForCo
 from typer.testing import CliRunner
 
 from llmga.cli import app
-from llmga.config import EXIT_BAD_INPUT, EXIT_OK, RunConfig, save_config
+from llmga.config import EXIT_BAD_INPUT, EXIT_OK, RunConfig, load_config, save_config
 from llmga.muon import Muon
 from llmga.records import Record, write_manifest
 from llmga.stage1.config import DataConfig, LoraConfig, ModelConfig, SourceConfig, Stage1Config
@@ -244,6 +244,18 @@ def test_parts_that_are_not_here_have_published_sizes_and_say_so(tmp_path: Path)
     assert counts["vision tower"] == Counts(0, 412_987_248)
     assert counts["projector"].trained == 1152 * 2048 + 2048 + 2048 * 2048 + 2048
     assert counts["embeddings and head"].trained == 256_000 * 2048  # one for both
+
+
+@pytest.mark.parametrize("name", ["toy_base", "toy_tuned"])
+def test_a_toy_model_that_is_not_made_yet_has_the_sizes_of_the_shipped_one(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = load_config(Stage1Config, REPOSITORY / f"configs/stage1/{name}.yaml", [], check_machine=False).model.path
+    found = read_architecture(ModelConfig(path=path))
+    assert found.sources == [f"{path} is not made yet: sizes of the shipped toy base model"]
+    model = MemoryModel(settings(tmp_path), found)
+    assert (model.trained, model.trained + model.frozen) == (2_140_224, 3_626_496)
 
 
 @pytest.mark.parametrize(
