@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,9 +64,22 @@ def check_archive(archive: Archive) -> Problem | None:
 
 
 def disk_problem(archives: list[Archive], folder: Path) -> Problem | None:
-    """Whether there is room to unpack: at least as much as the archives themselves take."""
-    needed = sum(archive.path.stat().st_size for archive in archives if archive.path.is_file())
+    """Whether there is room to unpack all archives that are there."""
+    needed = sum(unpacked_bytes(archive.path) for archive in archives if archive.path.is_file())
     free = shutil.disk_usage(folder).free
     if free >= needed:
         return None
-    return Problem("little_disk", f"{free / 1e9:.1f} GB free in {folder}, the archives take {needed / 1e9:.1f} GB")
+    reason = f"{free / 1e9:.1f} GB free in {folder}, the archives take {needed / 1e9:.1f} GB unpacked"
+    return Problem("little_disk", reason)
+
+
+def unpacked_bytes(path: Path) -> int:
+    """What the files in an archive take, as a zip says of its members; any other counts with its own size.
+
+    For a tar that is right. One that is compressed would have to be read to its end, and takes more than is counted.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
+        return path.stat().st_size
