@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,11 @@ class Archive:
 
     path: Path
     sha256: str
+
+    @property
+    def begun_paths(self) -> list[Path]:
+        """Where the usual tools keep a download of it that is not finished."""
+        return [self.path.with_name(self.path.name + suffix) for suffix in _PARTIAL]
 
 
 def read_archive_list(path: Path) -> list[Archive]:
@@ -48,8 +54,7 @@ def check_archive(archive: Archive) -> Problem | None:
     """Whether an archive is there, whole and the published one."""
     path = archive.path
     if not path.is_file():
-        partial = [path.with_name(path.name + suffix) for suffix in _PARTIAL]
-        begun = next((other for other in partial if other.is_file()), None)
+        begun = next((other for other in archive.begun_paths if other.is_file()), None)
         begun_text = f"; {begun.name} is a download of {begun.stat().st_size:,} bytes to go on with" if begun else ""
         return Problem("archive_missing", f"{path} does not exist{begun_text}")
     if (found := sha256(path)) != archive.sha256:
@@ -59,9 +64,22 @@ def check_archive(archive: Archive) -> Problem | None:
 
 
 def disk_problem(archives: list[Archive], folder: Path) -> Problem | None:
-    """Whether there is room to unpack: at least as much as the archives themselves take."""
-    needed = sum(archive.path.stat().st_size for archive in archives if archive.path.is_file())
+    """Whether there is room to unpack all archives that are there."""
+    needed = sum(unpacked_bytes(archive.path) for archive in archives if archive.path.is_file())
     free = shutil.disk_usage(folder).free
     if free >= needed:
         return None
-    return Problem("little_disk", f"{free / 1e9:.1f} GB free in {folder}, the archives take {needed / 1e9:.1f} GB")
+    reason = f"{free / 1e9:.1f} GB free in {folder}, the archives take {needed / 1e9:.1f} GB unpacked"
+    return Problem("little_disk", reason)
+
+
+def unpacked_bytes(path: Path) -> int:
+    """What the files in an archive take, as a zip says of its members; any other counts with its own size.
+
+    For a tar that is right. One that is compressed would have to be read to its end, and takes more than is counted.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
+        return path.stat().st_size

@@ -20,11 +20,14 @@ PUBLISHED_COUNTS = {
     "textvqa/train_images": 25_119,
     "vg/VG_100K": 64_346,
     "vg/VG_100K_2": 43_903,
+    "llava_pretrain/images": 558_000,  # told as "558K"; they lie in numbered folders below
 }
 
 
 def check_folders(store: Store, roots: Sequence[str], settings: CheckSettings) -> list[dict[str, Any]]:
     """Count pictures by folder and add findings for orphans and known folders that are not complete.
+
+    Folders below a known one count as that one.
 
     Returns:
         Per folder: its path, pictures used by rows, how many of those are missing, files on the disk, orphans, and the
@@ -32,7 +35,7 @@ def check_folders(store: Store, roots: Sequence[str], settings: CheckSettings) -
     """
     used, missing = Counter[str](), Counter[str]()
     for root, name, size in store.rows("SELECT root, name, bytes FROM pictures WHERE role != 'reference'"):
-        folder = os.path.dirname(os.path.join(root, name))
+        folder = _known_folder(os.path.dirname(os.path.join(root, name)))
         used[folder] += 1
         missing[folder] += not size
     on_disk, orphans = Counter[str](), Counter[str]()
@@ -42,11 +45,12 @@ def check_folders(store: Store, roots: Sequence[str], settings: CheckSettings) -
             if any(other != root and root.startswith(other + os.sep) for other in roots):
                 continue  # it lies in another one
             for folder, names in _folders_of_pictures(root, reference):
-                on_disk[folder] += len(names)
+                counted = _known_folder(folder)
+                on_disk[counted] += len(names)
                 for name in names:
                     path = os.path.join(folder, name)
                     if not _is_used(store, path, roots):
-                        orphans[folder] += 1
+                        orphans[counted] += 1
                         store.add_findings([(None, None, None, "orphan", path)])
     found = []
     for folder in sorted({*used, *on_disk}):
@@ -60,6 +64,15 @@ def check_folders(store: Store, roots: Sequence[str], settings: CheckSettings) -
             reason = f"{folder} holds {on_disk[folder]:,} pictures, published were {published:,}"
             store.add_findings([(None, None, None, "folder_incomplete", reason)])
     return found
+
+
+def _known_folder(folder: str) -> str:
+    """The known folder that a folder lies in, or else itself."""
+    for known in PUBLISHED_COUNTS:
+        above, found, _ = f"{folder}/".partition(f"/{known}/")
+        if found:
+            return f"{above}/{known}"
+    return folder
 
 
 def _folders_of_pictures(root: str, left_out: str | None) -> Iterator[tuple[str, list[str]]]:

@@ -102,6 +102,6 @@ _ROWS: tuple[tuple[str, Severity, str, str], ...] = (
     # archives
     ("archive_missing", "error", "An archive of the list does not exist, or is a partial download", "fetch the rest"),
     ("archive_differs", "error", "An archive is not the published one", "fetch it again"),
-    ("little_disk", "warning", "The disk has less free space than the archives take, let alone unpacked", "make room"),
+    ("little_disk", "warning", "The disk has less free space than the archives take unpacked", "make room"),
 )
 KINDS: dict[str, Kind] = {row[0]: Kind(*row) for row in _ROWS}

@@ -4,10 +4,12 @@ Everything found is kept in `state.sqlite` in the check's folder, range by range
 made from there in a fixed order, so it is the same however often the check was interrupted.
 """
 
+import hashlib
+import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -59,7 +61,7 @@ def run_check(settings: CheckSettings) -> Checked:
     references = list(_references(settings)) if settings.reference and settings.pictures else []
     work = _work_folder(settings)
     try:
-        store = Store(work / "state.sqlite", _about(settings, sets), settings.resume)
+        store = Store(work / "state.sqlite", _about(settings, sets, archives, references), settings.resume)
     except OSError as problem:
         raise CheckError(f"--out {settings.folder} cannot be written: {problem}") from None
     if store.resumed:
@@ -80,11 +82,29 @@ def _work_folder(settings: CheckSettings) -> Path:
     return settings.folder / "unfinished"
 
 
-def _about(settings: CheckSettings, sets: Sequence[RowSet]) -> dict[str, Any]:
+def _about(
+    settings: CheckSettings, sets: Sequence[RowSet], archives: Sequence[Archive], references: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
     """What must be the same for an unfinished check to be gone on with."""
     files = [(str(source.path.absolute()), source.format, str(source.image_root.absolute())) for source in sets]
-    states = [(stat.st_size, stat.st_mtime_ns) for stat in (source.path.stat() for source in sets)]
-    return {"settings": settings.that_matter(), "files": files, "states": states}
+    return {
+        "settings": settings.that_matter(),
+        "files": files,
+        "states": _states(source.path for source in sets),
+        "archives": [(archive.sha256, _states([archive.path, *archive.begun_paths])) for archive in archives],
+        "references": _digest([references, _states(Path(root, name) for root, name in references)]),
+    }
+
+
+def _states(paths: Iterable[Path]) -> list[tuple[int, int] | None]:
+    """Size in bytes and time of change of each file, None for one that is not there."""
+    stats = (path.stat() if path.exists() else None for path in paths)
+    return [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]
+
+
+def _digest(value: object) -> str:
+    """Stands for a value that may be long: a reference set has tens of thousands of pictures."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _references(settings: CheckSettings) -> Iterator[tuple[str, str]]:

@@ -1,8 +1,15 @@
-"""Which chat template a run uses: the tokenizer's own where it marks the answers, else the row that fits it."""
+"""Which chat template a run uses: the tokenizer's own where it marks the answers, else the row that fits it.
+
+A template of llava-hf's marks answers too, but reads a turn as a list of parts and lets nothing end an answer. It is no
+template to train with; the text that it writes tells which row fits.
+"""
 
 import logging
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
+
+from jinja2 import TemplateError as JinjaError
 
 from llmga.stage1.chat_rows import MARKERS, RELEASED, read_template, template_names
 from llmga.stage1.conversation import ConversationError, Turn, encode_conversation, encode_prompt, marks_answers
@@ -10,6 +17,7 @@ from llmga.stage1.released_tokenizer import choose_template
 from llmga.stage1.released_weights import ConvertError
 from llmga.tokens import IGNORE_INDEX, TAG_LITERALS, neutralise
 
+_PROBE = (("user", "Hello?"), ("assistant", "A dog."))
 logger = logging.getLogger(__name__)
 
 
@@ -21,7 +29,8 @@ def set_chat_template(processor: Any, name: str | None, system_text: str | None,
     """Give a `LlavaProcessor` the chat template of a run, and try it out.
 
     Args:
-        name: of a row; None keeps the tokenizer's own template if it marks answers, else takes the row that fits.
+        name: of a row; None keeps the tokenizer's own template if it marks answers and reads a turn as text, else takes
+            the row that fits.
         system_text: in place of our own; None for ours. It goes into a template file only.
         where: the folder of the tokenizer, for messages.
     Returns:
@@ -31,8 +40,8 @@ def set_chat_template(processor: Any, name: str | None, system_text: str | None,
     """
     tokenizer = processor.tokenizer
     own = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-    if name is None and not marks_answers(own):
-        name = _row_that_fits(tokenizer, own or "", where)
+    if name is None and (not marks_answers(own) or _reads_parts(tokenizer, own)):
+        name = _row_that_fits(tokenizer, own or processor.chat_template or "", where)
     if name is None and system_text is not None:
         raise TemplateError(
             f"{where}: the tokenizer's own chat template says what the system text is, so model.system_prompt has no "
@@ -54,16 +63,37 @@ def set_chat_template(processor: Any, name: str | None, system_text: str | None,
 
 
 def _row_that_fits(tokenizer: Any, own: str, where: str) -> str:
-    """The first row whose markers are all tokens, or all written by the template that marks no answers."""
+    """The first row whose markers are all tokens, or all written by the template that cannot be kept."""
     tokens = set(tokenizer.get_added_vocab())
+    written = own + _rendered(tokenizer, own, _as_parts)
     for name, markers in MARKERS.items():
-        if tokens.issuperset(markers) or all(marker in own for marker in markers):
+        if tokens.issuperset(markers) or all(marker in written for marker in markers):
             return name
     found = "a chat template of an unknown kind" if own else "no chat template"
     raise TemplateError(
         f"{where}: the tokenizer has {found}, and its tokens fit none that we know, so how to write turns is unclear; "
         f"set model.chat_template to one of {', '.join(template_names())} (vicuna needs no tokens of its own)"
     )
+
+
+def _reads_parts(tokenizer: Any, template: str | None) -> bool:
+    """Whether a template drops the text of a turn unless it comes as a list of parts."""
+    [(_, question), _] = _PROBE
+    return question not in _rendered(tokenizer, template, str) and question in _rendered(tokenizer, template, _as_parts)
+
+
+def _as_parts(text: str) -> list[dict[str, str]]:
+    """A turn's content as processors take it."""
+    return [{"type": "text", "text": text}]
+
+
+def _rendered(tokenizer: Any, template: str | None, content: Callable[[str], Any]) -> str:
+    """What a template writes for a question and its answer; nothing where it cannot read them."""
+    messages = [{"role": role, "content": content(text)} for role, text in _PROBE]
+    try:
+        return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
+    except (JinjaError, TypeError, ValueError):
+        return ""
 
 
 def _released_template(processor: Any, name: str, system_text: str | None, where: str) -> str:

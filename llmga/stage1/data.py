@@ -86,6 +86,8 @@ class Stage1Dataset(Dataset[dict[str, Any]]):
         seed: of everything drawn.
         name: of this set in `bad_samples.jsonl`.
         bad_samples_path: where replaced rows are written down; None for nowhere.
+        max_row_tokens: of a packed row. A text that leaves no room in it for the placeholders of the black picture,
+            which a row of texts gets, is too long as well. None for rows of any length.
     """
 
     def __init__(
@@ -99,13 +101,14 @@ class Stage1Dataset(Dataset[dict[str, Any]]):
         seed: int = 0,
         name: str = TRAIN,
         bad_samples_path: Path | None = None,
+        max_row_tokens: int | None = None,
     ) -> None:
         self.name = name
         self.sources = list(sources)
         self.order = order
         self.settings = settings
         self.max_length, self.too_long, self.seed = max_length, too_long, seed
-        self.bad_samples_path = bad_samples_path
+        self.bad_samples_path, self.max_row_tokens = bad_samples_path, max_row_tokens
         self.tokenizer, self.image_token = processor.tokenizer, processor.image_token
         self.pixels = PixelEncoder(processor.image_processor)
         self.num_image_tokens = num_image_tokens(processor, self.pixels.shape)
@@ -155,7 +158,7 @@ class Stage1Dataset(Dataset[dict[str, Any]]):
                 tried.append(f"row {source.manifest_row(taken)}, {where}{problem}")
         raise SampleError(
             f"{len(tried)} rows of {source.path} tried one after the other cannot be used, so image_root or "
-            f"data.max_length is likely wrong; they are {'; '.join(tried)}"
+            f"a limit (data.max_length, data.max_tokens) is likely wrong; they are {'; '.join(tried)}"
         )
 
     def leave_out(self, index: int, row: int, reason: str) -> None:
@@ -197,12 +200,21 @@ class Stage1Dataset(Dataset[dict[str, Any]]):
             raise _Unusable("picture", error.reason, str(error.path)) from error
         except ValueError as error:
             raise SampleError(f"{source.place(row)}: {error}") from error
-        if (length := len(encoded.input_ids)) > self.max_length:
-            reason = f"record {record.id!r} has {length} tokens, more than data.max_length = {self.max_length}"
+        if limit := self._exceeded(len(encoded.input_ids), example.picture is not None):
+            reason = f"record {record.id!r} has {len(encoded.input_ids)} tokens, more than {limit}"
             if self.too_long == "error":
                 raise SampleError(f"{source.place(row)}: {reason}; raise it, or set data.too_long=drop to leave it out")
             raise _Unusable("too_long", reason)
         return example, encoded, None if example.picture is None else self.pixels(example.picture)
+
+    def _exceeded(self, tokens: int, has_picture: bool) -> str | None:
+        """The limit that an example is too long for, in words; None where it fits."""
+        if tokens > self.max_length:
+            return f"data.max_length = {self.max_length}"
+        if self.max_row_tokens is None or has_picture or tokens + self.num_image_tokens <= self.max_row_tokens:
+            return None
+        black = f"the {self.num_image_tokens} of the black picture that a row of texts gets"
+        return f"data.max_tokens = {self.max_row_tokens} has room for beside {black}"
 
     def _write_down(self, index: int, source: Source, row: int, record: Record, problem: _Unusable) -> None:
         if self.bad_samples_path is None:
@@ -244,11 +256,13 @@ def build_datasets(
     order = Mixture(lengths, weights, total, cfg.run.seed, [source.name for source in sources])
     settings = TaskSettings.from_config(cfg.data, choose_tags(cfg.model.tag_name, cfg.model.path))
 
-    def build(name: str, sources: list[Source], order: Any, seed: int) -> Stage1Dataset:
+    def build(
+        name: str, sources: list[Source], order: Any, seed: int, max_row_tokens: int | None = None
+    ) -> Stage1Dataset:
         limits = cfg.data.max_length, cfg.data.too_long
-        return Stage1Dataset(sources, order, processor, settings, *limits, seed, name, bad_samples_path)
+        return Stage1Dataset(sources, order, processor, settings, *limits, seed, name, bad_samples_path, max_row_tokens)
 
-    train = build(TRAIN, sources, order, cfg.run.seed)
+    train = build(TRAIN, sources, order, cfg.run.seed, cfg.data.max_tokens)
     held_out = open_sources(cfg.data.validation)
     in_order = [[(0, row, 0) for row in range(len(source))] for source in held_out]
     return train, {

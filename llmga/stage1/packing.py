@@ -76,11 +76,11 @@ class PackingCollator:
 class RowLimit:
     """Leaves out of a training batch what a packed row of so many tokens has no room for, written down and counted.
 
-    The examples are taken in order, each that still fits. One is always taken, so a text alone, with the segment of a
-    black picture behind it, may be longer than the limit by that segment.
+    The examples are taken in order, each that still fits, and no row is longer. Texts fit when the segment of a black
+    picture fits behind them, unless an example with a picture was taken.
 
     Args:
-        data: where the examples come from; writes down what is left out.
+        data: where the examples come from, none of them longer than a row of its own; writes down what is left out.
         max_tokens: of a row, at least `data.max_length`.
     """
 
@@ -88,7 +88,7 @@ class RowLimit:
         self.data, self.max_tokens = data, max_tokens
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The examples that share the row, at least one; all of them when they are held out.
+        """The examples that share the row, the first one at least; all of them when they are held out.
 
         Raises:
             SampleError: one has no room, and `data.too_long` is "error".
@@ -99,7 +99,7 @@ class RowLimit:
             length = len(example["input_ids"])
             shows = has_picture or example["pixel_values"] is not None
             reserved = 0 if shows else self.data.num_image_tokens
-            if taken and not example["held_out"] and tokens + length + reserved > self.max_tokens:
+            if not example["held_out"] and tokens + length + reserved > self.max_tokens:
                 reason = f"{length} tokens, and its row holds {tokens} of data.max_tokens = {self.max_tokens}"
                 self.data.leave_out(example["sample_id"], example["row"], reason)
                 continue

@@ -1,6 +1,5 @@
 """LLaVA's folder -> transformers' folder: look at everything first, then write tensor by tensor."""
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,7 +13,8 @@ from transformers import GenerationConfig, LlavaConfig, LlavaProcessor
 
 from llmga.stage1.families import Family, fitting_family
 from llmga.stage1.model import load_processor, standard_name
-from llmga.stage1.released_config import check_fits, find_tower, from_released_config
+from llmga.stage1.model_checks import first_sentence
+from llmga.stage1.released_config import check_fits, find_tower, from_released_config, read_json
 from llmga.stage1.released_projector import multiplied, scaled_layer
 from llmga.stage1.released_tokenizer import (
     TOKENIZER_FILES,
@@ -37,7 +37,8 @@ from llmga.stage1.released_weights import (
 
 # The source's small files as they were, for the way back.
 ORIGINALS = "released"
-ORIGINAL_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+GENERATION_CONFIG = "generation_config.json"
+ORIGINAL_FILES = ("config.json", GENERATION_CONFIG, *TOKENIZER_FILES)
 EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 _RELEASED_HEAD, _RELEASED_EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _RELEASED_TOWER = "model.vision_tower."
@@ -76,6 +77,8 @@ class ReleasedCheckpoint:
     def __init__(self, folder: Path, source: Mapping[str, Any], candidates: Sequence[Family], wishes: Wishes) -> None:
         self.folder, self.source, self.wishes = folder, source, wishes
         self.warnings: list[str] = []
+        generation = folder / GENERATION_CONFIG
+        self.generation = read_json(generation) if generation.is_file() else {}
         self.tokenizer = self._load_tokenizer()
         self.family = self._choose_family(candidates)
         self.tower = find_tower(source, folder, wishes.vision_tower)
@@ -193,12 +196,13 @@ def write_transformers(checkpoint: ReleasedCheckpoint, folder: Path) -> Facts:
     rows = checkpoint.config.text_config.vocab_size
     placeholder, template_facts = _text_side(checkpoint, rows)
     config = _finished_config(checkpoint, placeholder, rows, template_facts)
+    generation_config = _generation_config(checkpoint, placeholder, rows)
     writer = ShardWriter(folder, checkpoint.wishes.shard_bytes)
     for name, tensor in checkpoint.tensors(placeholder.rows):
         writer.add(name, tensor)
     files = writer.close()
     config.save_pretrained(folder)
-    _generation_config(checkpoint, placeholder, rows).save_pretrained(folder)
+    generation_config.save_pretrained(folder)
     if checkpoint.tokenizer is not None:
         _save_processor(checkpoint, placeholder, folder)
     else:
@@ -317,10 +321,15 @@ def _finished_config(
 
 
 def _generation_config(checkpoint: ReleasedCheckpoint, placeholder: Placeholder, rows: int) -> GenerationConfig:
-    """Where replies stop, and that nothing but text is ever written: neither the placeholder nor an untrained row."""
-    path = checkpoint.folder / "generation_config.json"
-    given = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    kept = {key: given[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id", "do_sample") if key in given}
+    """Where replies stop, and that nothing but text is ever written: neither the placeholder nor an untrained row.
+
+    Raises:
+        ConvertError: the source's own settings are none that the library would store.
+    """
+    given = checkpoint.generation
+    kept: dict[str, Any] = {
+        key: given[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id", "do_sample") if key in given
+    }
     if given.get("do_sample"):  # elsewhere the library refuses to store them
         kept |= {key: given[key] for key in ("temperature", "top_p", "top_k") if key in given}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -330,7 +339,15 @@ def _generation_config(checkpoint: ReleasedCheckpoint, placeholder: Placeholder,
         stops = [vocabulary[token] for token in checkpoint.family.stop_tokens]
         kept["eos_token_id"] = stops[0] if len(stops) == 1 else stops
         kept["pad_token_id"] = checkpoint.tokenizer.pad_token_id
-    return GenerationConfig(**kept, suppress_tokens=sorted({placeholder.id, *range(rows, placeholder.rows)}))
+    config = GenerationConfig(**kept, suppress_tokens=sorted({placeholder.id, *range(rows, placeholder.rows)}))
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        raise ConvertError(
+            f"{checkpoint.folder / GENERATION_CONFIG}: these are no settings of generation ({first_sentence(error)}); "
+            "correct them or download it again"
+        ) from None
+    return config
 
 
 def _save_processor(checkpoint: ReleasedCheckpoint, placeholder: Placeholder, folder: Path) -> None:

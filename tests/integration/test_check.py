@@ -8,17 +8,21 @@ python -m pytest tests/integration/test_check.py
 
 import json
 import os
+import shutil
 import tracemalloc
+import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance
 from typer.testing import CliRunner
 
+from llmga.check.archives import disk_problem, read_archive_list
 from llmga.check.kinds import KINDS, SEVERITIES
 from llmga.check.picture_check import PictureFacts, check_picture
 from llmga.check.pool import Pool
@@ -125,6 +129,18 @@ def test_a_picture_in_two_splits_is_a_leak(tmp_path: Path) -> None:
     ]
 
 
+def test_a_known_set_in_numbered_folders_counts_as_a_whole(tmp_path: Path) -> None:
+    root = tmp_path / "llava_pretrain" / "images"
+    pictures = {f"0000{number}/{number}.jpg": photo(number) for number in range(3)}
+    manifest = data_set(root, *map(row, list(pictures)[:2]), pictures=pictures)
+    result = check(manifest, tmp_path / "out")
+    [folder] = result.report["folders"]
+    counts = {"used": 2, "missing": 0, "on_disk": 3, "orphans": 1, "published": 558_000}
+    assert folder == {"folder": str(root), **counts}
+    [incomplete] = result.of("folder_incomplete")
+    assert incomplete["detail"] == f"{root} holds 3 pictures, published were 558,000"
+
+
 def test_orphans_are_counted_by_folder(tmp_path: Path) -> None:
     pictures = {"x/a.png": photo(1), "x/b.png": photo(2), "y/c.png": photo(3), ".cache/d.png": photo(4)}
     result = check(data_set(tmp_path, row("x/a.png"), row("./x//b.png"), pictures=pictures), tmp_path / "out")
@@ -200,6 +216,30 @@ def test_archives_are_compared_with_their_sums(tmp_path: Path) -> None:
     (tmp_path / "SHA256SUMS").write_text("good.zip abc\n")
     with pytest.raises(CheckError, match=r"SHA256SUMS:1: found 'good.zip abc', expected a SHA-256 sum"):
         check(manifest, tmp_path / "out", archives=tmp_path / "SHA256SUMS")
+
+
+def test_a_disk_without_room_for_what_the_archives_hold_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("a.bin", bytes(3_000_000))
+        packed.writestr("folder/b.bin", bytes(2_000_000))
+    (tmp_path / "plain.tar").write_bytes(bytes(10_240))
+    (tmp_path / "damaged.zip").write_bytes(b"PK" + bytes(998))
+    names = ("packed.zip", "plain.tar", "damaged.zip", "gone.zip")
+    (tmp_path / "SHA256SUMS").write_text("".join(f"{'0' * 64}  {name}\n" for name in names))
+    archives = read_archive_list(tmp_path / "SHA256SUMS")
+    needed = 3_000_000 + 2_000_000 + 10_240 + 1_000
+    assert (tmp_path / "packed.zip").stat().st_size < 10_000
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed))
+    assert disk_problem(archives, tmp_path) is None
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed - 1))
+    assert disk_problem(archives, tmp_path) is not None
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1_000_000))
+    manifest = data_set(tmp_path / "set", row(), pictures={"a.jpg": photo()})
+    [little] = check(manifest, tmp_path / "out", archives=tmp_path / "SHA256SUMS").of("little_disk")
+    assert little["severity"] == "warning"
+    assert little["detail"] == f"0.0 GB free in {tmp_path}, the archives take 0.0 GB unpacked"
 
 
 # ---------------------------------------------------------------- cleaned manifest and quarantine
@@ -368,6 +408,53 @@ def test_an_unfinished_check_of_other_files_or_settings_starts_anew(tmp_path: Pa
     assert not resumed(min_side=65)
     state.write_bytes(b"no database")
     assert not resumed(min_side=65)
+
+
+def unfinished(manifest: Path, out: Path, **options: object) -> tuple[bool, list[str]]:
+    """Run a check up to its report; whether it went on from another one, and the details of what it found."""
+    checked = run_check(CheckSettings(manifest, out=out, workers=1, **options))  # type: ignore[arg-type]
+    found = [detail for (detail,) in checked.store.rows("SELECT detail FROM findings ORDER BY detail")]
+    checked.store.close()
+    return checked.store.resumed, found
+
+
+def test_an_archive_that_arrived_meanwhile_is_looked_at(tmp_path: Path) -> None:
+    manifest = data_set(tmp_path / "set", row(), pictures={"a.jpg": photo()})
+    sums, archive = tmp_path / "SHA256SUMS", tmp_path / "pictures.zip"
+    sums.write_text(f"{sha256(b'whole').hexdigest()}  pictures.zip\n")
+
+    def found() -> tuple[bool, list[str]]:
+        return unfinished(manifest, tmp_path / "out", archives=sums)
+
+    missing = [f"{archive} does not exist"]
+    assert [found(), found()] == [(False, missing), (True, missing)]
+    (tmp_path / "pictures.zip.part").write_bytes(b"who")
+    begun = [f"{archive} does not exist; pictures.zip.part is a download of 3 bytes to go on with"]
+    assert [found(), found()] == [(False, begun), (True, begun)]
+    archive.write_bytes(b"whole")
+    assert [found(), found()] == [(False, []), (True, [])]
+    sums.write_text(f"{sha256(b'other').hexdigest()}  pictures.zip\n")
+    resumed, [differs] = found()
+    assert not resumed and "expected " + sha256(b"other").hexdigest() in differs
+
+
+def test_a_picture_that_joined_the_reference_set_is_compared(tmp_path: Path) -> None:
+    manifest = data_set(tmp_path / "set", row(), pictures={"a.jpg": photo()})
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    photo(1).save(reference / "other.jpg")
+
+    def resumed() -> bool:
+        return unfinished(manifest, tmp_path / "out", reference=reference)[0]
+
+    assert [resumed(), resumed()] == [False, True]
+    shutil.copyfile(tmp_path / "set" / "a.jpg", reference / "same.jpg")
+    assert not resumed()
+    result = check(manifest, tmp_path / "out", reference=reference)
+    assert len(result.of("in_reference")) == 1
+    assert [resumed(), resumed()] == [False, True]
+    photo(2).save(reference / "same.jpg")  # the same name and another picture
+    assert not resumed()
 
 
 def die_at_seven(items: Sequence[int]) -> list[int]:

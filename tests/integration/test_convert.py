@@ -436,6 +436,28 @@ def test_configs_that_do_not_fit_are_refused(tmp_path: Path, changes: dict, mess
     assert not [path for path in tmp_path.iterdir() if path.name not in ("source", "clip")]
 
 
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ("{", {}, r"generation_config.json cannot be read as JSON \(.*\); download it again"),
+        ("[]", {}, r"generation_config.json holds a list, expected an object; download it again"),
+        ("version https://git-lfs.github.com/spec/v1", {}, r"generation_config.json is a Git LFS pointer"),
+        ('{"pad_token_id": -3}', {"image_token_id": 3}, r"no settings of generation \(.*pad_token_id.*-3\); correct"),
+    ],
+)
+def test_a_damaged_generation_config_is_told_before_weights_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, options: dict, message: str
+) -> None:
+    source = released_folder(tmp_path / "source", "vicuna")
+    if options:
+        (source / "tokenizer.model").unlink()  # else its padding counts and not the file's
+    (source / "generation_config.json").write_text(content)
+    monkeypatch.setattr("llmga.stage1.released_weights.save_file", _full_disk)
+    with pytest.raises(ConvertError, match=message):
+        convert_checkpoint(source, tmp_path / "hf", **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip", "source"]
+
+
 def test_folders_and_files_that_are_refused(tmp_path: Path) -> None:
     source, out = released_folder(tmp_path / "source", "vicuna"), tmp_path / "hf"
     with pytest.raises(ConvertError, match=r"nowhere does not exist; SRC is the folder of a checkpoint"):

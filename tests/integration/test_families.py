@@ -314,6 +314,35 @@ def test_a_row_without_tokens_of_its_own_is_known_by_what_a_template_writes(name
     assert set_chat_template(processor, None, None, "here") == name
 
 
+# As llava-hf's: a turn is a list of parts, roles are spelt by a filter, answers are marked, and nothing ends them.
+OF_PARTS = (
+    "{% for message in messages %}{{ message['role'] | upper }}: "
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ part['text'] + ' ' }}{% endgeneration %}"
+    "{% else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+@pytest.mark.parametrize("holder", ["tokenizer", "processor"])
+def test_a_template_that_reads_lists_of_parts_gives_way_to_the_row_it_writes(holder: str, parts: Path) -> None:
+    processor = build_processor(parts / "vicuna", parts / "clip", "vicuna")
+    processor.chat_template = OF_PARTS
+    processor.tokenizer.chat_template = OF_PARTS if holder == "tokenizer" else None
+    assert set_chat_template(processor, None, None, "here") == "vicuna"
+    assert processor.chat_template == processor.tokenizer.chat_template == read_template("vicuna")
+    encoded = encode_conversation(processor.tokenizer, TURNS, processor.image_token, 4)
+    assert encoded.labels.count(processor.tokenizer.eos_token_id) == 2
+
+
+def test_a_template_of_parts_that_writes_unknown_turns_is_told_how_to_go_on(parts: Path) -> None:
+    processor = build_processor(parts / "vicuna", parts / "clip", "vicuna")
+    processor.tokenizer.chat_template = OF_PARTS.replace(" | upper", "").replace("ASSISTANT", "assistant")
+    with pytest.raises(TemplateError, match=r"here: .* of an unknown kind, .*set model.chat_template to one of"):
+        set_chat_template(processor, None, None, "here")
+
+
 def test_the_tokenizers_own_template_is_kept_when_it_marks_answers() -> None:
     processor = toy_processor()
     own = processor.tokenizer.chat_template

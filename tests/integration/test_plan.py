@@ -7,6 +7,7 @@ import functools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -14,18 +15,20 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlavaForCo
 from typer.testing import CliRunner
 
 from llmga.cli import app
-from llmga.config import EXIT_BAD_INPUT, EXIT_OK, RunConfig, save_config
+from llmga.config import EXIT_BAD_INPUT, EXIT_OK, RunConfig, load_config, save_config
 from llmga.muon import Muon
 from llmga.records import Record, write_manifest
 from llmga.stage1.config import DataConfig, LoraConfig, ModelConfig, SourceConfig, Stage1Config
 from llmga.stage1.cross_entropy import use_chunked_cross_entropy
-from llmga.stage1.data import build_datasets
+from llmga.stage1.data import Collator, build_datasets
 from llmga.stage1.model import is_in_llm_block, set_trainable
+from llmga.stage1.packing import PackingCollator
 from llmga.stage1.plan.architecture import Counts, UnknownArchitecture, published, read_architecture
 from llmga.stage1.plan.disk import disk_use
 from llmga.stage1.plan.examples import plan_data
 from llmga.stage1.plan.live_bytes import ACTIVATIONS, GRADIENTS, LOSS
 from llmga.stage1.plan.memory import MemoryModel
+from llmga.stage1.plan.plan import largest_allowed
 from llmga.stage1.plan.rehearsal import BatchShape, HowToStep, rehearse_muon, rehearse_step
 from llmga.stage1.plan.speed import (
     CARDS,
@@ -243,6 +246,18 @@ def test_parts_that_are_not_here_have_published_sizes_and_say_so(tmp_path: Path)
     assert counts["embeddings and head"].trained == 256_000 * 2048  # one for both
 
 
+@pytest.mark.parametrize("name", ["toy_base", "toy_tuned"])
+def test_a_toy_model_that_is_not_made_yet_has_the_sizes_of_the_shipped_one(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = load_config(Stage1Config, REPOSITORY / f"configs/stage1/{name}.yaml", [], check_machine=False).model.path
+    found = read_architecture(ModelConfig(path=path))
+    assert found.sources == [f"{path} is not made yet: sizes of the shipped toy base model"]
+    model = MemoryModel(settings(tmp_path), found)
+    assert (model.trained, model.trained + model.frozen) == (2_140_224, 3_626_496)
+
+
 @pytest.mark.parametrize(
     ("model", "complaint"),
     [
@@ -443,10 +458,36 @@ def test_a_plan_without_data_or_model_says_what_could_not_be_read(world: Path) -
     assert "A100-80GB has 85.9 GB" in shown and "fits" in shown
 
 
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_the_largest_batch_allowed_is_the_largest_that_the_collators_make(packing: bool, tmp_path: Path) -> None:
+    cfg = settings(tmp_path, batch_size=3)
+    cfg.data.packing = packing
+    model = MemoryModel(cfg, read_architecture(cfg.model))
+    assert model.num_image_tokens == 16
+    padding = Collator(0, 7, 16, (3, 64, 64))
+    collate = PackingCollator(padding) if packing else padding
+    with_pictures, texts = largest_allowed(cfg, 16)
+    for shape, picture in ((with_pictures, np.zeros((3, 64, 64), np.float32)), (texts, None)):
+        ids = [7] * 16 * (picture is not None)
+        ids += [9] * (cfg.data.max_length - len(ids))
+        one = {"input_ids": ids, "labels": ids, "pixel_values": picture, "sample_id": 0, "held_out": False}
+        batch = collate([one] * 3)
+        assert batch["input_ids"].shape == (shape.rows, shape.tokens)
+        assert len(batch["pixel_values"]) == shape.pictures
+        assert (len(batch["cu_seq_lens_q"]) - 1 if packing else 0) == shape.packed
+    assert texts.rows * texts.tokens > with_pictures.rows * with_pictures.tokens
+    cfg.data.packing, cfg.data.max_tokens = True, 600
+    assert [shape.tokens for shape in largest_allowed(cfg, 16)] == [600, 600]
+
+
+def test_what_fits_is_judged_on_texts_and_their_black_picture(world: Path) -> None:
+    assert "2 x 304 tokens" in plan(world)
+
+
 def test_bounded_rows_bound_the_memory_and_tell_what_is_left_out(world: Path) -> None:
-    assert "1 x 600 tokens" in plan(world, *PACKED, "--tokens-per-s", "1000")
+    assert "1 x 604 tokens" in plan(world, *PACKED, "--tokens-per-s", "1000")  # texts, and a black picture's 4
     shown = plan(world, *PACKED, "data.max_tokens=160")
-    assert "1 x 160 tokens" in shown and "1 x 600 tokens" not in shown
+    assert "1 x 160 tokens" in shown and "1 x 60" not in shown
     assert "find no room in rows of data.max_tokens = 160 and would be left out; raise it, or lower" in shown
 
 

@@ -103,6 +103,26 @@ def test_an_example_without_room_is_named_and_counted_or_stops_the_run(world, pr
         choose(drawn)
 
 
+def test_a_text_that_no_bounded_row_has_room_for_is_replaced(world, processor):
+    texts = only(world, "texts.jsonl")
+    free = train_set(world, processor, **texts)
+    lengths = [len(free[index]["input_ids"]) for index in range(60)]
+    bounds = {"packing": True, "max_tokens": max(lengths), "max_length": max(lengths)}
+    log = world / BAD_SAMPLES_FILE
+    dataset = train_set(world, processor, log=log, **bounds, **texts)
+    feed = make_feed(config(world, run={"batch_size": 1}, **bounds, **texts), dataset, 1)
+    rows = [feed.choose([feed.data[index]]) for index in range(60)]
+    assert all(feed.collate(row)["input_ids"].shape[1] <= max(lengths) for row in rows) and all(rows)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    room = max(lengths) - NUM_IMAGE_TOKENS
+    assert {line["index"] for line in lines} == {index for index in range(60) if lengths[index] > room}
+    assert {line["kind"] for line in lines} == {"too_long"}
+    assert f"more than data.max_tokens = {max(lengths)} has room for beside the 4 of the black" in lines[0]["reason"]
+    strict = train_set(world, processor, too_long="error", **bounds, **texts)
+    with pytest.raises(SampleError, match=r"beside the 4 of the black picture .*; raise it, or set data.too_long=drop"):
+        strict[lines[0]["index"]]
+
+
 # ---------------------------------------------------------------- the same examples, always
 
 

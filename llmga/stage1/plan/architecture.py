@@ -17,6 +17,8 @@ from llmga.stage1.model import read_config, set_trainable
 from llmga.stage1.model_checks import has_class_token, read_model_config
 
 PUBLISHED = Path(__file__).with_name("architectures.yaml")
+SHIPPED_TOY = Path(__file__).parents[2] / "toyworld/checkpoints/base/mllm"
+_TOY_RUNS = {"toy_base", "toy_tuned"}  # folders in which `make toy-base` and `make toy-tuned` make models of its sizes
 PARTS = ("vision tower", "projector", "LLM layers", "embeddings and head", "adapters")
 
 
@@ -53,15 +55,22 @@ def read_architecture(model: ModelConfig) -> Architecture:
         ValueError: a config.json that is no LLaVA, or that transformers cannot read.
     """
     if model.path is not None:
-        if not (model.path / "config.json").is_file():
-            raise UnknownArchitecture(f"{model.path} is not here: parameters and memory cannot be told")
-        return Architecture(read_config(model.path), [f"sizes from {model.path}/config.json"])
+        return _whole(model.path)
     assert model.llm is not None and model.vision_tower is not None
     llm, llm_source = _part(model.llm, "llms")
     tower, tower_source = _part(model.vision_tower, "vision_towers")
     with torch.device("meta"):
         class_token = has_class_token(AutoModel.from_config(tower))
     return Architecture(llava_config(llm, tower, llm.vocab_size - 1, class_token), [llm_source, tower_source])
+
+
+def _whole(folder: Path) -> Architecture:
+    """A LLaVA from its folder; a toy model that is not made yet has the sizes of the shipped one."""
+    if (folder / "config.json").is_file():
+        return Architecture(read_config(folder), [f"sizes from {folder}/config.json"])
+    if _TOY_RUNS.isdisjoint(folder.parts):
+        raise UnknownArchitecture(f"{folder} is not here: parameters and memory cannot be told")
+    return Architecture(read_config(SHIPPED_TOY), [f"{folder} is not made yet: sizes of the shipped toy base model"])
 
 
 def build_without_weights(architecture: Architecture, cfg: Stage1Config, dtype: torch.dtype) -> Any:

@@ -8,6 +8,7 @@ import torch
 from llmga.muon import split_parameters
 from llmga.stage1.config import Stage1Config
 from llmga.stage1.model import is_in_llm_block, learn_in_float32
+from llmga.stage1.model_checks import has_class_token
 from llmga.stage1.plan.architecture import Architecture, Counts, build_without_weights, count_by_part, part_of
 from llmga.stage1.plan.live_bytes import ACTIVATIONS, GRADIENTS, LOSS
 from llmga.stage1.plan.rehearsal import BatchShape, HowToStep, rehearse_muon, rehearse_step
@@ -69,6 +70,14 @@ class MemoryModel:
     def frozen(self) -> int:
         """Parameters that do not."""
         return sum(part.frozen for part in self.counts.values())
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Placeholders of one picture: the tower's patches, plus its class token where that is kept."""
+        config = self.architecture.config
+        tower, keeps_all = config.vision_config, config.vision_feature_select_strategy == "full"
+        patches: int = (tower.image_size // tower.patch_size) ** 2
+        return patches + (keeps_all and has_class_token(self._model.model.vision_tower))
 
     def at(self, batch: BatchShape) -> DeviceMemory:
         """Rehearse one step with a batch."""

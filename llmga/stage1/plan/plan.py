@@ -40,7 +40,7 @@ class Plan:
 
     Attributes:
         missing: what a run would stop at on this machine, and what could not be read for the plan.
-        memory: at the longest batch seen, if any, and at the limit of `data.max_length`; empty without an architecture.
+        memory: at the longest batch seen, if any, and at the largest allowed; empty without an architecture.
         tokens_per_example: of the mixture; the limit where no example could be made.
         hours: None without throughput or length.
     """
@@ -80,7 +80,6 @@ def make_plan(path: Path, overrides: list[str], asked: Asked) -> Plan:
         speed = _speed(cfg, asked, None, data, tokens)
         return Plan(cfg, asked, data, None, None, [], None, speed, tokens, _hours(speed, examples, tokens), missing)
     model = MemoryModel(cfg, architecture, asked.devices)
-    shapes = [shape for shape in (data.longest, _limit(cfg)) if shape is not None]
     speed = _speed(cfg, asked, model, data, tokens)
     return Plan(
         cfg,
@@ -88,7 +87,7 @@ def make_plan(path: Path, overrides: list[str], asked: Asked) -> Plan:
         data,
         architecture,
         model,
-        [model.at(shape) for shape in dict.fromkeys(shapes)],
+        _memory(model, data.longest, largest_allowed(cfg, model.num_image_tokens)),
         disk_use(cfg, model),
         speed,
         tokens,
@@ -106,13 +105,35 @@ def _missing(path: Path, overrides: list[str]) -> list[str]:
     return []
 
 
-def _limit(cfg: Stage1Config) -> BatchShape:
-    """The largest batch that the settings allow."""
-    rows, tokens = cfg.run.batch_size, cfg.data.max_length
+def largest_allowed(cfg: Stage1Config, num_image_tokens: int) -> list[BatchShape]:
+    """The largest batches that the settings allow: one with a picture in every example, and one of texts alone.
+
+    Texts alone get the placeholders of a black picture on top, so that batch has more tokens and fewer pictures.
+
+    Args:
+        num_image_tokens: placeholders of a picture.
+    """
+    rows, length = cfg.run.batch_size, cfg.data.max_length
     if cfg.data.packing:
-        row = min(rows * tokens, cfg.data.max_tokens or rows * tokens)
-        return BatchShape(1, row, rows, row, packed=rows)
-    return BatchShape(rows, tokens, rows, rows * tokens)
+        limit = cfg.data.max_tokens or rows * length + num_image_tokens
+        pictures, texts = min(rows * length, limit), min(rows * length + num_image_tokens, limit)
+        return [
+            BatchShape(1, pictures, rows, pictures, packed=rows),
+            BatchShape(1, texts, 1, max(texts - num_image_tokens, 0), packed=rows + 1),
+        ]
+    return [
+        BatchShape(rows, length, rows, rows * length),
+        BatchShape(rows, length + num_image_tokens, 1, rows * length),
+    ]
+
+
+def _memory(model: MemoryModel, seen: BatchShape | None, allowed: list[BatchShape]) -> list[DeviceMemory]:
+    """At the longest batch seen, if any and if it is another one, and at the one that needs most of those allowed."""
+    largest = max(
+        (model.at(shape) for shape in allowed),
+        key=lambda memory: (memory.total, memory.batch.rows * memory.batch.tokens),
+    )
+    return [largest] if seen in (None, largest.batch) else [model.at(seen), largest]
 
 
 def _speed(cfg: Stage1Config, asked: Asked, model: MemoryModel | None, data: DataPlan, tokens: float) -> Speed | None:
