@@ -21,13 +21,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from llmga.checkpoint import checkpoint_path, checkpoint_step, keep_last, mark_complete, read_marker
 from llmga.checkpoint import write_folder_atomically as written_whole
 from llmga.config import dump_config
 from llmga.engine import build_accelerator, engine_name
 from llmga.learner import Learner
+from llmga.loop_data import batches_of
 from llmga.loop_figures import LoopFigures
 from llmga.memory import explaining_memory, lost_worker
 from llmga.nodes.preflight import start_together
@@ -42,7 +42,6 @@ from llmga.runtime import (
     barrier,
     from_main,
     on_main,
-    outlive_terminate,
     seed_everything,
     sum_over_ranks,
 )
@@ -266,19 +265,15 @@ class _Loop:
 
     def _batches(self) -> Iterator[dict[str, Any]]:
         """This process's batches, from the first step that is not done."""
-        run, ranks = self.cfg.run, self.place.ranks
-        passes = run.accumulation_steps
-        order = _Positions(run.batch_size, ranks, self.place.first_step * passes, self.job.total_steps * passes)
-        workers = run.num_workers
-        loader = DataLoader(
+        passes = self.cfg.run.accumulation_steps
+        return batches_of(
             self.job.examples,
-            batch_sampler=order,
-            collate_fn=_Collate(self.job.collate),
-            num_workers=workers,
-            pin_memory=self.accelerator.device.type == "cuda",
-            prefetch_factor=4 if workers else None,
+            self.job.collate,
+            self.cfg.run,
+            self.place.ranks,
+            range(self.place.first_step * passes, self.job.total_steps * passes),
+            pinned=self.accelerator.device.type == "cuda",
         )
-        return iter(loader)
 
     def _next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
         try:
@@ -345,32 +340,6 @@ class _Loop:
             (_flat(batch), {key: list(batch[key]) for key in told if key in batch}) for batch in held
         ]
         save_and_stop(self.place.run.path, self.place.ranks, step, what, named)
-
-
-class _Positions:
-    """For each forward pass of this process, the positions of its examples in the run."""
-
-    def __init__(self, batch_size: int, ranks: Ranks, first: int, end: int) -> None:
-        self.batch_size, self.ranks, self.first, self.end = batch_size, ranks, first, end
-
-    def __len__(self) -> int:
-        return self.end - self.first
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for number in range(self.first, self.end):
-            start = (number * self.ranks.world_size + self.ranks.rank) * self.batch_size
-            yield list(range(start, start + self.batch_size))
-
-
-class _Collate:
-    """A collator that works on in a loading worker while the process finishes its step after a signal."""
-
-    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]) -> None:
-        self.collate = collate
-
-    def __call__(self, examples: list[Any]) -> dict[str, Any]:
-        outlive_terminate()
-        return self.collate(examples)
 
 
 def _pass_seed(seed: int, step: int, number: int, rank: int) -> int:

@@ -1,11 +1,11 @@
 """Make the toy Stable Diffusion `base`: autoencoder, text encoder, UNet and its inpainting twin. `make toy-sd` runs it.
 
 It stands where SD1.5 stands in the paper: trained on captions that fit CLIP's window, from brief to about 70 tokens, it
-knows every word and how words bind to places, and has never seen a second window.
+knows how words bind to places, and has met neither the prose of long prompts nor a second window.
 
     python scripts/make_toy_sd.py                       # all steps, in runs/toy_sd
     python scripts/make_toy_sd.py --stop-after unet     # autoencoder, text_encoder, unet, inpainting
-    python scripts/make_toy_sd.py --measure             # what the parser reads on the test split, to report.json
+    python scripts/make_toy_sd.py --measure docs/results/toy_sd.json    # what the parser reads on the test split
     python scripts/make_toy_sd.py --ship llmga/toyworld/checkpoints/base    # pipelines sd and sd_inpainting, float16
     python scripts/make_toy_sd.py --ship-tuned llmga/toyworld/checkpoints   # what stage 2 made of them, beside base/
 
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/toy_sd"), help="folder of the steps")
     parser.add_argument("--stop-after", choices=STEPS)
-    parser.add_argument("--measure", action="store_true", help="measure what is there, on the test split")
+    parser.add_argument("--measure", type=Path, metavar="FILE", help="measure what is there, on the test split")
     parser.add_argument("--ship", type=Path, metavar="FOLDER", help="put the finished pipelines there")
     parser.add_argument("--ship-tuned", type=Path, metavar="FOLDER", help="put there what `make stage2` made of base/")
     options = parser.parse_args(arguments)
@@ -55,8 +55,8 @@ def main(arguments: list[str]) -> None:
         make_step(options.work / name, make)
         if name == options.stop_after:
             break
-    if options.measure:
-        measure(options.work)
+    if options.measure is not None:
+        measure(options.work, options.measure)
     if options.ship is not None:
         for name, unet in (("sd", "unet"), ("sd_inpainting", "inpainting")):
             ship(options.work, options.ship / name, unet, shared=None if name == "sd" else options.ship / "sd")
@@ -121,11 +121,12 @@ def frozen_parts(work: Path):
     return autoencoder, CLIPTextModel.from_pretrained(work / "text_encoder").eval()
 
 
-def measure(work: Path, num_scenes: int = 500) -> None:
+def measure(work: Path, file: Path, num_scenes: int = 500) -> None:
     """Write what is right on held-out scenes: reconstructions (the ceiling), and samples by kind of fact."""
     from diffusers import UNet2DConditionModel
 
     from llmga.files import atomic_write
+    from llmga.machine import machine_in_words
     from llmga.toyworld.autoencoder import parse_ceiling
     from llmga.toyworld.scene import SPLITS, sample_scene
     from llmga.toyworld.unet import read_samples
@@ -137,7 +138,8 @@ def measure(work: Path, num_scenes: int = 500) -> None:
         if (work / name).is_dir():
             unet = UNet2DConditionModel.from_pretrained(work / name).eval()
             report[name] = read_samples(unet, text_encoder, autoencoder, seeds)
-    atomic_write(work / "report.json", json.dumps(report, indent=1) + "\n")
+    report["machine"] = machine_in_words("torch", "diffusers")
+    atomic_write(file, json.dumps(report, indent=1) + "\n")
     log(json.dumps(report, indent=1))
 
 

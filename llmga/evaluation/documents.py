@@ -78,9 +78,9 @@ def write_table(
 
 
 def publish(out: Path, folder: Path) -> None:
-    """Copy what an evaluation found, without its pictures and their scores."""
-    for path in [out / TABLE_FILE, out / COMPARISONS_FILE, *sorted(out.glob(f"*/{FILE}"))]:
-        if path.is_file():
+    """Copy what an evaluation found, without pictures and their scores; kinds of holes have folders of their own."""
+    for name in (TABLE_FILE, COMPARISONS_FILE, FILE):
+        for path in sorted(out.rglob(name)):
             atomic_write(folder / path.relative_to(out), path.read_text(encoding="utf-8"))
 
 

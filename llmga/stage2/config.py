@@ -39,7 +39,7 @@ class ModelConfig:
         if (self.path / "model_index.json").is_file():
             return None
         what = "a folder without model_index.json" if self.path.is_dir() else "no such folder"
-        toy = "; `make toy-base` makes the toy pipelines" if "toyworld" in self.path.parts else ""
+        toy = "; `make toy-sd` makes the toy pipelines" if "toyworld" in self.path.parts else ""
         return f"{self.path} is {what}, expected a pipeline saved by diffusers{toy}"
 
 

@@ -20,15 +20,19 @@ SCHEMAS = {
 
 
 def schema_of(path: Path) -> type:
-    return SCHEMAS[path.stem.rpartition("_")[0]]
+    return SCHEMAS[script_of(path)]
+
+
+def script_of(path: Path) -> str:
+    """A preset's name begins with the script that it is for."""
+    return next(script for script in SCHEMAS if path.stem.startswith(f"{script}_"))
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_presets_are_sound(path: Path) -> None:
     config = load_config(schema_of(path), path, check_machine=False)
-    script = path.stem.rpartition("_")[0]
-    assert f"eval/{script}.py configs/eval/{path.name}" in path.read_text()
-    is_toy = path.stem.endswith("_toy")
+    assert f"eval/{script_of(path)}.py configs/eval/{path.name}" in path.read_text()
+    is_toy = "_toy" in path.stem
     assert config.preset.name and is_toy != any("The paper" in note for note in config.preset.notes)
     assert config.measure.features.allow_random is False
 

@@ -71,3 +71,34 @@ def test_no_page_waits_to_be_filled_in() -> None:
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
         text = page.read_text(encoding="utf-8")
         assert not re.search(r"@[A-Z0-9]{3,}@|^<{7} |^>{7} ", text, flags=re.MULTILINE), page.name
+
+
+@pytest.mark.parametrize("name", ["stage2_text_to_image", "stage2_windows", "stage2_inpainting/in_wide"])
+def test_tables_of_stage2_are_those_of_the_result_files(name: str) -> None:
+    published = (ROOT / "docs/results" / name / "table.md").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    assert len(published) > 3 and [line for line in published if line not in README.splitlines()] == []
+
+
+def test_how_well_base_paints_is_that_of_the_result_file() -> None:
+    found = json.loads((ROOT / "docs/results/toy_sd.json").read_text(encoding="utf-8"))
+    assert min(found["ceiling"].values()) > 0.97
+    said = " ".join(README.split())
+    assert f"still reads {100 * found['ceiling']['mean']:.1f} % of a scene" in said
+    assert f"base shows {100 * found['unet']['mean']:.1f} %" in said
+
+
+def test_what_stage2_is_said_to_have_gained_is_in_the_result_files() -> None:
+    found = {}
+    for name in ("stage2_text_to_image", "stage2_windows", "stage2_inpainting/in_wide"):
+        document = json.loads((ROOT / "docs/results" / name / "comparisons.json").read_text(encoding="utf-8"))
+        found |= {(each["a"], each["b"], each["metric"]): each for each in document["comparisons"]}
+    late = found["tuned-refined", "base-refined", "late"]
+    windows = found["all_windows-refined", "first_window-refined", "late"]
+    early = found["all_windows-refined", "first_window-refined", "early"]
+    assert late["ci_low"] > 0.2 and windows["ci_low"] > 0.3 and abs(early["difference"]) < 0.03
+    hidden = found["tuned-true", "base-true", "hidden"]
+    assert found["tuned-refined", "base-refined", "early"]["ci_low"] > 0 and hidden["ci_low"] > 0
+    said = " ".join(README.split())
+    for each in (late, windows, early, hidden):
+        low, high = 100 * each["ci_low"], 100 * each["ci_high"]
+        assert f"{100 * each['difference']:+.1f} points [{low:+.1f}, {high:+.1f}]" in said
